@@ -1,0 +1,177 @@
+"""The settings of a run, the presets, and their JSON form.
+
+A run is described by :class:`RunConfig` and nothing else. ``config.json`` in the run's folder is its JSON form, and a
+run is only ever resumed or evaluated from that file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from medvdm.data import DataConfig
+from medvdm.errors import InputError, RunError, nearest
+from medvdm.training import TrainConfig
+from medvdm.vdm import VDMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """What a run keeps and how often it looks up. None of this changes the run's numbers."""
+
+    evaluate_every: int = 0
+    """Steps between held-out evaluations (on validation patients); 0 is ten times a run."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 is ten times a run, but at least every 1,000 steps. The last step always saves."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)}; expected 0 or more")
+        if self.keep_checkpoints < 1:
+            raise InputError(f"keep_checkpoints: {self.keep_checkpoints}; expected at least 1")
+
+    def every(self, what: typing.Literal["evaluate", "checkpoint"], steps: int) -> int:
+        """The interval in steps that applies to a run of ``steps``."""
+        chosen = getattr(self, f"{what}_every")
+        return chosen or max(1, min(steps // 10, 1000) if what == "checkpoint" else steps // 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run.
+
+    ``model.image_shape`` and ``model.classes`` are filled in from the data when the run starts.
+    """
+
+    preset: str
+    """Which preset the settings started from."""
+    conditional: bool = False
+    """Condition the model on the labels (with a trained null for 'no label')."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: VDMConfig = field(default_factory=VDMConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+
+
+def _presets() -> dict[str, RunConfig]:
+    paper = RunConfig(preset="paper", data=DataConfig(image_size=256))
+    return {
+        # Small enough for two cores and five minutes, with everything switched on.
+        "demo": RunConfig(
+            preset="demo",
+            conditional=True,
+            model=VDMConfig(
+                gamma_min=-6.0,
+                gamma_max=5.0,  # z_1 is N(0, I) to within 1 %, so samples start from the right law
+                latent=32,
+                embedding_dim=64,
+                encoder_width=128,
+                decoder_width=128,
+                inner_width=256,
+                encoder_layers=2,
+                decoder_layers=2,
+                score_layers=4,
+            ),
+            training=TrainConfig(steps=2000, batch_size=64, learning_rate=1e-3, clip_norm=1.0, ema_decay=0.995),
+        ),
+        "paper": paper,
+        # The text taken at its word: z_0 is already half noise, and five steps (see the book on what happens).
+        "paper-literal": dataclasses.replace(
+            paper, preset="paper-literal", model=VDMConfig(gamma_min=0.1, gamma_max=1.0, timesteps=5)
+        ),
+    }
+
+
+PRESETS = tuple(_presets())
+
+
+def preset(name: str, **changes: Any) -> RunConfig:
+    """A preset with some settings changed, each by its own name wherever it lives.
+
+    >>> preset("demo", data="phantom", steps=100).training.steps
+    100
+
+    Raises:
+        InputError: unknown preset or setting (with the nearest name), or a value that cannot be used.
+    """
+    presets = _presets()
+    if name not in presets:
+        raise InputError(f"preset: '{name}'; {nearest(name, presets)}")
+    return change(presets[name], **changes)
+
+
+def change(config: RunConfig, **changes: Any) -> RunConfig:
+    """Replace settings by name in whichever part of the config holds them."""
+    parts: dict[str, Any] = {}
+    known = ["conditional"]
+    for part in ("data", "model", "training", "keep"):
+        old = getattr(config, part)
+        names = [f.name for f in dataclasses.fields(old)]
+        known += names
+        mine = {k: changes.pop(k) for k in names if k in changes}
+        parts[part] = dataclasses.replace(old, **mine)
+    if "conditional" in changes:
+        parts["conditional"] = changes.pop("conditional")
+    if changes:
+        word = next(iter(changes))
+        close = difflib.get_close_matches(word, known, n=1)
+        raise InputError(f"setting: '{word}' is unknown" + (f"; did you mean '{close[0]}'?" if close else ""))
+    return dataclasses.replace(config, **parts)
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """All settings by name (names are unique over the parts)."""
+    out: dict[str, Any] = {"preset": config.preset, "conditional": config.conditional}
+    for part in ("data", "model", "training", "keep"):
+        out |= dataclasses.asdict(getattr(config, part))
+    return out
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON-ready nested dict."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(record: dict[str, Any], where: str = "config") -> RunConfig:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        RunError: a setting is missing, unknown, or of a wrong type: a config of another version.
+    """
+    try:
+        return _build(RunConfig, record)
+    except (TypeError, KeyError, InputError) as problem:
+        raise RunError(f"{where}: {problem}; expected a config written by this version of medvdm") from None
+
+
+def _build(kind: type, record: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in record]
+    unknown = [name for name in record if name not in hints]
+    if missing or unknown:
+        raise TypeError(f"settings missing: {missing}, unknown: {unknown}")
+    return kind(**{name: _value(hints[name], value, name) for name, value in record.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return tuple(value)
+    if origin is typing.Literal:
+        return value
+    allowed = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in allowed:
+        raise TypeError(f"{name}: {value!r} is not {hint}")
+    return value

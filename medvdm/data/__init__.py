@@ -1,0 +1,106 @@
+"""Sources of images by name.
+
+>>> from medvdm import data
+>>> images = data.load(data.DataConfig(data="phantom", num_images=100, image_size=32))
+>>> images.read(images.indices("train")[:4]).shape
+(4, 32, 32, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from medvdm.data.base import SPLITS, ImageData, as_unit_float, from_arrays, split_of_patient
+from medvdm.errors import InputError, nearest
+
+__all__ = ["SPLITS", "DataConfig", "ImageData", "as_unit_float", "from_arrays", "load", "names", "split_of_patient"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are brought to one size."""
+
+    data: str = "phantom"
+    """Source of the images: phantom (generated), nih, folder, or a 2-D set of MedMNIST such as pneumoniamnist."""
+    data_dir: str | None = None
+    """Folder with the images (nih, folder), or folder or .npz file of MedMNIST, which is downloaded otherwise."""
+    image_size: int | None = None
+    """Height and width in pixels that the images are brought to; by default the size that the source has."""
+    fit: Literal["pad", "crop", "stretch"] = "pad"
+    """With image_size, for images that are not square: black bars, the centre square, or a changed aspect."""
+    num_images: int = 2800
+    """Number of images (phantom only)."""
+    data_seed: int = 0
+    """Seed of the images (phantom only)."""
+    patient_pattern: str | None = None
+    """Regular expression with one group, searched in the relative path, that gives the patient (folder only)."""
+
+
+def names() -> tuple[str, ...]:
+    """Names that :func:`load` knows."""
+    return tuple(_loaders())
+
+
+def load(config: DataConfig) -> ImageData:
+    """Load the images that ``config`` describes.
+
+    Raises:
+        InputError: unknown source, or a setting that it cannot use.
+        MissingFileError, DataError, MissingPackageError: see the source's own ``load``.
+    """
+    loaders = _loaders()
+    if config.data not in loaders:
+        raise InputError(f"data: '{config.data}'; {nearest(config.data, loaders)}")
+    _check(config)
+    return loaders[config.data](config)
+
+
+def _check(config: DataConfig) -> None:
+    """Refuse settings that would be ignored or fail late."""
+    from medvdm.data.convert import FITS
+
+    if config.image_size is not None and config.image_size < 1:
+        raise InputError(f"image_size: {config.image_size}; expected at least 1")
+    if config.fit not in FITS:
+        raise InputError(f"fit: '{config.fit}'; {nearest(str(config.fit), FITS)}")
+    if config.data_dir is not None and not config.data_dir:
+        raise InputError("data_dir: ''; expected a folder")
+    if config.data_dir is not None and config.data == "phantom":
+        raise InputError(f"data_dir: '{config.data_dir}'; phantom images are generated and read from no folder")
+    if config.patient_pattern is not None and config.data != "folder":
+        raise InputError(f"patient_pattern: '{config.patient_pattern}'; used by --data folder only, not {config.data}")
+
+
+def _loaders() -> dict[str, Callable[[DataConfig], ImageData]]:
+    from medvdm.data import medmnist
+
+    return {"phantom": _phantom, "nih": _nih, "folder": _folder, **dict.fromkeys(medmnist.FLAGS, _medmnist)}
+
+
+# Each source is imported when it is used: one that is broken or lacks a package leaves the others alone.
+
+
+def _phantom(config: DataConfig) -> ImageData:
+    from medvdm.data import phantom
+
+    return phantom.load(num_images=config.num_images, image_size=config.image_size, seed=config.data_seed)
+
+
+def _nih(config: DataConfig) -> ImageData:
+    from medvdm.data import nih
+
+    return nih.load(config.data_dir, config.image_size, config.fit)
+
+
+def _folder(config: DataConfig) -> ImageData:
+    from medvdm.data import folder
+
+    return folder.load(config.data_dir, config.image_size, config.fit, config.patient_pattern)
+
+
+def _medmnist(config: DataConfig) -> ImageData:
+    from medvdm.data import medmnist
+
+    return medmnist.load(config.data, config.data_dir, config.image_size, config.fit)

@@ -1,0 +1,59 @@
+"""The input pipeline: which images a step sees, as a pure function of the seed and the step's number.
+
+Built on grain. The order is a random-access sequence (shuffled anew each epoch), so its whole state is the number of
+the next batch: a resumed run starts it there, on any number of processes. Reading runs ahead in background threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from medvdm.data import ImageData
+from medvdm.errors import InputError
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def training_batches(
+    data: ImageData, *, batch_size: int, seed: int, start: int = 0, rows: slice = slice(None), read_ahead: int = 4
+) -> Iterator[Batch]:
+    """Endless batches of the training split: images (b, h, w, c) float32 in [0, 1], labels (b, k) float32.
+
+    Args:
+        data: where the images come from.
+        batch_size: of the global batch.
+        seed: of the order.
+        start: the number of the first batch, which is the number of steps already taken.
+        rows: which rows of each global batch to read (one process's share); all by default.
+        read_ahead: batches kept ready.
+
+    Raises:
+        InputError: the batch is larger than the training split.
+    """
+    indices = data.indices("train")
+    if batch_size > len(indices):
+        raise InputError(f"batch_size: {batch_size}; expected at most {len(indices)}, the number of training images")
+    order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat().batch(batch_size)
+
+    def read(positions: np.ndarray) -> Batch:
+        mine = indices[positions[rows]]
+        return data.read(mine), data.labels[mine].astype(np.float32)
+
+    ready = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
+    batches = iter(order.map(read).to_iter_dataset(ready))
+    batches.set_state({"next_index": start})
+    return batches
+
+
+def padded_batches(data: ImageData, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """``indices`` in order, in batches of one size (so nothing is recompiled), each with its number of real rows.
+
+    The last batch is filled up by repeating its first image; the caller drops the rows past the number.
+    """
+    for first in range(0, len(indices), batch_size):
+        part = indices[first : first + batch_size]
+        filled = np.concatenate([part, np.full(batch_size - len(part), part[0])])
+        yield (data.read(filled), data.labels[filled].astype(np.float32)), len(part)

@@ -1,0 +1,185 @@
+r"""The optimiser, the training state and one training step. The loop around it is in :mod:`medvdm.fitting`.
+
+The learning rate is the product of a linear warm-up and a cosine decay,
+
+.. math::
+    \eta(k) = \eta_{peak} \cdot \min(k / W, 1) \cdot
+        \left[ a + (1 - a) \tfrac12 \left(1 + \cos \frac{\pi k}{K}\right) \right]
+
+with W = 250 warm-up steps, K the number of steps of the run and a = 1e-5 (paper, section 2). It multiplies the
+*update*, after Adam. Scaling the gradient before Adam, as the text can be read, is undone by Adam's normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from medvdm import vdm, vlb
+from medvdm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of training. The defaults are the paper's."""
+
+    steps: int = 20_000
+    """Optimiser steps; also the length of the cosine."""
+    batch_size: int = 1
+    """Images a step, over all devices and processes."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, the times and the noise."""
+    learning_rate: float = 8e-4
+    """Peak learning rate."""
+    warmup_steps: int = 250
+    """Steps of linear warm-up from 0."""
+    final_fraction: float = 1e-5
+    """The cosine ends at this fraction of the peak."""
+    b1: float = 0.9
+    """AdamW's decay of the first moment."""
+    b2: float = 0.99
+    """AdamW's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 0.0
+    """Clip the global norm of the gradient (of bits per dimension) to this; 0 is off."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights; 0 is off."""
+    label_dropout: float = 0.1
+    """Fraction of labels replaced by the null during training (conditional models only)."""
+    gradient_difference_weight: float = 0.0
+    """Weight of the paper's image-gradient-difference term, in nats per unit of squared gray difference."""
+    stratified_times: bool = True
+    """Spread the times of a batch evenly (the paper's antithetic sampling) instead of drawing each on its own."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name}: {value}; expected a finite number")
+            if value < 0:
+                raise InputError(f"{field.name}: {value}; expected 0 or more")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in ("b1", "b2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected less than 1")
+        for name in ("label_dropout", "final_fraction"):
+            if getattr(self, name) > 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected a fraction from 0 to 1")
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training. ``ema`` is None when the average is off."""
+
+    step: Int[Array, ""]
+    params: vdm.Params
+    opt_state: optax.OptState
+    ema: vdm.Params | None
+
+
+class Metrics(NamedTuple):
+    """What a step reports: means over the batch, in bits per dimension, before the update."""
+
+    reconstruction_bpd: Float[Array, ""]
+    diffusion_bpd: Float[Array, ""]
+    latent_bpd: Float[Array, ""]
+    vlb_bpd: Float[Array, ""]
+    loss: Float[Array, ""]
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """The learning rate as a function of the step, see the module's head."""
+    cosine = optax.cosine_decay_schedule(1.0, config.steps, config.final_fraction)
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else lambda k: 1.0
+    return lambda k: config.learning_rate * warmup(k) * cosine(k)
+
+
+def optimiser(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with the schedule after it, and clipping before it when asked for."""
+    adamw = optax.adamw(
+        learning_rate(config), b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
+    """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
+    params = vdm.split(vdm.VDM(model, rngs=vdm.nnx.Rngs(config.seed)))[1]
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(config).init(params), ema)
+
+
+def loss_fn(
+    model: vdm.VDM,
+    config: TrainConfig,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The training loss in bits per dimension, and its terms."""
+    shape = model.config.image_shape
+    key_bound, key_dropout = jax.random.split(key)
+    keep = None
+    if model.config.classes:
+        keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
+    terms = vlb.bound(
+        model,
+        images,
+        labels,
+        key=key_bound,
+        keep=keep,
+        stratified=config.stratified_times,
+        with_gradient_difference=config.gradient_difference_weight > 0,
+    )
+    mean = vlb.Bound(*(vlb.bits_per_dim(jnp.mean(term), shape) for term in terms))
+    loss = mean.total + config.gradient_difference_weight * mean.gradient_difference
+    return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
+
+
+StepFn = Callable[
+    [TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]
+]
+
+
+def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
+    """Build the training step: pure, to be jitted once with the state donated.
+
+    The key of a step is a function of the seed and the step's number, so a resumed run draws the same noise as one
+    that was never interrupted.
+    """
+    graph = vdm.graph_of(model)
+    optimise = optimiser(config)
+
+    def step(
+        state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def of_params(params: vdm.Params) -> tuple[Float[Array, ""], Metrics]:
+            return loss_fn(vdm.merge(graph, params), config, images, labels, key)
+
+        grads, metrics = jax.grad(of_params, has_aux=True)(state.params)
+        updates, opt_state = optimise.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return step
+
+
+def jit_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
+    """:func:`make_step`, compiled, the old state's memory reused for the new."""
+    return jax.jit(make_step(model, config), donate_argnums=0)

@@ -1,0 +1,215 @@
+"""The Medical VDM: a schedule, an encoder, a decoder, a score network and a label embedding, composed.
+
+The networks live in :mod:`medvdm.networks`, the mathematics in :mod:`medvdm.vlb`. Training code does not use the
+object but the pair of :func:`split` and :func:`merge`: a static description and a plain nested dict of arrays,
+which ordinary ``jax.jit`` and ``jax.grad`` take.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.nnx as nnx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from medvdm import gaussian, likelihoods, networks, schedules, vlb
+from medvdm.errors import InputError, nearest
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VDMConfig:
+    """The settings of the model. The defaults are the paper's (see `paper-literal` for its text taken literally)."""
+
+    image_shape: tuple[int, int, int] = (256, 256, 1)
+    """Height, width, channels; `fit` takes it from the data."""
+    classes: int = 0
+    """Number of classes the model is conditioned on; 0 is unconditional."""
+    timesteps: int = 0
+    """T of the discrete-time bound; 0 is continuous time."""
+    gamma_min: float = -5.0
+    """gamma = -log SNR at t = 0. At -5 the printed diffusion loss and the printed rate fit together."""
+    gamma_max: float = 1.0
+    """gamma at t = 1."""
+    schedule: Literal["fixed-linear", "learned-linear", "monotonic"] = "fixed-linear"
+    """How gamma runs from gamma_min to gamma_max."""
+    latent: int = 64
+    """Dimensions of the latent."""
+    embedding_dim: int = 128
+    """Width of the time and label embeddings and of the ScoreNet."""
+    encoder_width: int = 256
+    """Width of the encoder's residual blocks."""
+    decoder_width: int = 512
+    """Width of the decoder's residual blocks."""
+    inner_width: int = 1024
+    """Width between the two dense layers of every residual block."""
+    encoder_layers: int = 6
+    """Residual blocks of the encoder."""
+    decoder_layers: int = 6
+    """Residual blocks of the decoder."""
+    score_layers: int = 10
+    """Residual blocks of the ScoreNet."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the arithmetic inside the networks; parameters and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        schedules.check_range(self.gamma_min, self.gamma_max)
+        positive = ("latent", "embedding_dim", "encoder_width", "decoder_width", "inner_width")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in ("classes", "timesteps", "encoder_layers", "decoder_layers", "score_layers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)}; expected 0 or more")
+        if self.embedding_dim % 2:
+            raise InputError(f"embedding_dim: {self.embedding_dim}; expected an even number (sines and cosines)")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise InputError(f"image_shape: {self.image_shape}; expected (height, width, channels)")
+        if self.dtype not in networks.DTYPES:
+            raise InputError(f"dtype: '{self.dtype}'; {nearest(self.dtype, networks.DTYPES)}")
+        if self.schedule not in schedules.NAMES:
+            raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.NAMES)}")
+
+    @property
+    def dimensions(self) -> int:
+        """Number of pixels times channels: what a bit per dimension is divided by."""
+        return math.prod(self.image_shape)
+
+
+class VDM(nnx.Module):
+    """The paper's model. ``VDM(config, rngs=nnx.Rngs(seed))``; every method is pure.
+
+    Raises:
+        InputError: from :class:`VDMConfig`, for settings that cannot be used.
+    """
+
+    def __init__(self, config: VDMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = networks.DTYPES[config.dtype]
+        self.schedule = schedules.make(config.schedule, config.gamma_min, config.gamma_max, rngs=rngs)
+        self.encoder = networks.Encoder(
+            config.image_shape,
+            config.latent,
+            width=config.encoder_width,
+            layers=config.encoder_layers,
+            inner_width=config.inner_width,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decoder = networks.Decoder(
+            config.image_shape,
+            config.latent,
+            width=config.decoder_width,
+            layers=config.decoder_layers,
+            inner_width=config.inner_width,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.score = networks.ScoreNet(
+            config.latent,
+            embedding_dim=config.embedding_dim,
+            layers=config.score_layers,
+            inner_width=config.inner_width,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.labels = networks.LabelEmbedding(config.classes, config.embedding_dim, rngs=rngs)
+
+    @property
+    def timesteps(self) -> int:
+        """T of the discrete-time bound; 0 is continuous time."""
+        return self.config.timesteps
+
+    def gamma(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        """gamma(t) = -log SNR, rising; t in [0, 1]."""
+        return self.schedule(t)
+
+    def encode(self, x: Float[Array, "n h w c"]) -> Float[Array, "n d"]:
+        """Images in [0, 1] to their encoding f. Raises for a wrong dtype or shape, see :class:`networks.Encoder`."""
+        return self.encoder(x)
+
+    def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n h w c"]:
+        r"""The logits of each pixel's Bernoulli law, from :math:`z_0 / \alpha_0`."""
+        return self.decoder(z)
+
+    def embed(
+        self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
+    ) -> Float[Array, "n c"]:
+        """Embed multi-hot labels; None, or a 0 in ``keep``, gives the trained null."""
+        return self.labels(labels, keep, n=n)
+
+    def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> tuple[Float[Array, "m f"], ...]:
+        """What the score network needs to know besides z; m is n, or 1 where all examples share time and label."""
+        return self.score.condition(self.normalised(gamma), label)
+
+    def eps_hat(self, z: Float[Array, "n d"], condition: tuple[Float[Array, "m f"], ...]) -> Float[Array, "n d"]:
+        """The predicted noise in z, given :meth:`condition`."""
+        return self.score(z, condition)
+
+    def normalised(self, gamma: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The network's time input: gamma mapped to about [0, 1] by *constants*.
+
+        Not by the learned ends, and not t itself: so the interior of a learned schedule can change without
+        changing what the network is told, and the bound stays the same.
+        """
+        return (gamma - self.config.gamma_min) / (self.config.gamma_max - self.config.gamma_min)
+
+    def x_hat(
+        self, z: Float[Array, "n d"], gamma: Float[Array, " m"], label: Float[Array, "m c"]
+    ) -> Float[Array, "n d"]:
+        """The same network read out as the clean encoding: (z - sigma eps_hat) / alpha."""
+        return gaussian.x_from_eps(self.eps_hat(z, self.condition(gamma, label)), z, gamma[:, None])
+
+    def observation_loss(self, x: Float[Array, "n h w c"], decoded: Float[Array, "n h w c"]) -> Float[Array, " n"]:
+        """-log p(x | z_0) in nats per image, from the decoder's logits."""
+        return likelihoods.bernoulli_nll(x, decoded)
+
+    # The paper's names for the three terms. Nats per image, one value an image.
+
+    def reconstruction_loss(
+        self, x: Float[Array, "n h w c"], f: Float[Array, "n d"], key: PRNGKeyArray
+    ) -> Float[Array, " n"]:
+        """See :func:`medvdm.vlb.reconstruction_loss`."""
+        return vlb.reconstruction_loss(self, x, f, key)
+
+    def latent_loss(self, f: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """The prior loss under the paper's name; see :func:`medvdm.vlb.prior_loss`."""
+        return vlb.prior_loss(self, f)
+
+    def diffusion_loss(
+        self, f: Float[Array, "n d"], label: Float[Array, "n c"], u: Float[Array, " n"], key: PRNGKeyArray
+    ) -> Float[Array, " n"]:
+        """See :func:`medvdm.vlb.diffusion_loss`."""
+        return vlb.diffusion_loss(self, f, label, u, key)
+
+
+def split(model: VDM) -> tuple[nnx.GraphDef, Params]:
+    """A model as its static graph and a plain nested dict of arrays."""
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> VDM:
+    """The inverse of :func:`split`; works inside jit and grad."""
+    return nnx.merge(graph, nnx.State(params))
+
+
+def graph_of(config: VDMConfig) -> nnx.GraphDef:
+    """The static graph of a config, without computing any weight."""
+    return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+
+def init(config: VDMConfig, seed: int) -> Params:
+    """Initial parameters; jitted, so the same on one device and on many."""
+    return jax.jit(lambda: split(VDM(config, rngs=nnx.Rngs(seed)))[1])()
+
+
+def count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
