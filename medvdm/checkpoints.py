@@ -24,13 +24,13 @@ from medvdm.vdm import Params
 class Checkpoints:
     """The checkpoints of one run folder; use it as a context manager, so that it waits for pending writes."""
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = 2, create: bool = True):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
         self._ocp = ocp
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -92,8 +92,7 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=self._ocp.args.Composite(**{name: restore(like) for name, like in items.items()})
             )
-            jax.block_until_ready(found)
-        return {name: found[name] for name in items}
+            return jax.block_until_ready({name: found[name] for name in items})
 
 
 @contextlib.contextmanager

@@ -43,6 +43,14 @@ class DivergedError(MedvdmError, FloatingPointError):
     exit_code = 1
 
 
+class StoppedError(MedvdmError, RuntimeError):
+    """Training was asked to stop (SIGTERM, Ctrl-C); its state is saved. The exit code is the signal's, 128 + n."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 class MissingPackageError(MedvdmError, ImportError):
     """An optional package is needed for what was asked."""
 

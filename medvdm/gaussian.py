@@ -156,8 +156,6 @@ def eps_from_v(
     return alpha(gamma_t) * v_hat + sigma(gamma_t) * z_t
 
 
-def x_from_v(
-    v_hat: Float[Array, "..."], z_t: Float[Array, "..."], gamma_t: Float[Array, "..."]
-) -> Float[Array, "..."]:
+def x_from_v(v_hat: Float[Array, "..."], z_t: Float[Array, "..."], gamma_t: Float[Array, "..."]) -> Float[Array, "..."]:
     r""":math:`\hat x = \alpha_t z_t - \sigma_t \hat v`."""
     return alpha(gamma_t) * z_t - sigma(gamma_t) * v_hat

@@ -19,7 +19,7 @@ from medvdm.errors import InputTypeError
 
 
 def bernoulli_nll(x: Float[Array, "n *shape"], logits: Float[Array, "n *shape"]) -> Float[Array, " n"]:
-    r"""Cross-entropy of gray targets in nats, one number an image: :math:`\sum_i \mathrm{softplus}(\ell_i) - x_i\ell_i`.
+    r"""Cross-entropy of gray targets, nats per image: :math:`\sum_i \mathrm{softplus}(\ell_i) - x_i \ell_i`.
 
     Raises:
         InputTypeError: x is not floating point. A cast of [0, 1] images to integers trains on black images.

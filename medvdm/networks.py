@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from medvdm.errors import InputError, InputTypeError
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 
 def time_embedding(u: Float[Array, " n"], width: int) -> Float[Array, "n width"]:

@@ -22,7 +22,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from medvdm import gaussian, vdm
 from medvdm.errors import InputError
@@ -59,7 +59,7 @@ def chain(
     label: Float[Array, "m c"],
     null: Float[Array, "1 c"] | None = None,
     *,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " n"],
     steps: Int[Array, ""] | int,
     first: Int[Array, ""] | int,
     guidance: Float[Array, ""] | float = 0.0,
@@ -83,7 +83,7 @@ def chain(
     """
     steps, first = jnp.asarray(steps, jnp.int32), jnp.asarray(first, jnp.int32)
 
-    def gamma_at(i: Int[Array, ""]) -> Float[Array, ""]:
+    def gamma_at(i: Int[Array, "*b"]) -> Float[Array, "*b"]:
         return model.gamma(i.astype(jnp.float32) / steps.astype(jnp.float32))
 
     # Conditions depend on time and label only. Those of a block of steps are one large matrix product, which is far
@@ -125,7 +125,7 @@ def chain(
     return jax.lax.scan(segment, z, jnp.stack([ends[:-1], ends[1:]], axis=1))[1]
 
 
-def _segment_ends(first: Int[Array, ""] | int, num_states: int) -> Int[Array, " k+1"]:
+def _segment_ends(first: Int[Array, ""] | int, num_states: int) -> Int[Array, " {num_states}+1"]:
     """Numbers of steps done at the start and after each of ``num_states`` about equal segments of ``first``."""
     parts = jnp.arange(num_states + 1)
     whole, rest = first // num_states, first % num_states
@@ -227,7 +227,7 @@ def _generate(
     seed: Array | int,
     offset: Array | int,
     z: Float[Array, "n d"] | None,
-    labels: Float[Array, "m k"] | None,
+    labels: Float[Array, "m classes"] | None,
     steps: Array | int,
     first: Array | int,
     guidance: Array | float,
@@ -246,8 +246,7 @@ def _generate(
     latents = chain(
         model, z, label, null, keys=keys, steps=steps, first=first, guidance=guidance, num_states=num_states
     )
-    times = 1.0 - _segment_ends(first, num_states)[1:] / first
-    times = times * (first / steps)
+    times = (first - _segment_ends(first, num_states)[1:]) / steps  # the last is exactly 0
     scale = gaussian.alpha(model.gamma(times))[:, None, None]
     states = jax.lax.map(lambda latent: jax.nn.sigmoid(model.decode(latent)), latents / scale)
     return latents, states, times

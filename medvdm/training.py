@@ -147,9 +147,7 @@ def loss_fn(
     return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
 
 
-StepFn = Callable[
-    [TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]
-]
+StepFn = Callable[[TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]]
 
 
 def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:

@@ -211,5 +211,3 @@ def init(config: VDMConfig, seed: int) -> Params:
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(p.size for p in jax.tree.leaves(params))
-
-

@@ -26,7 +26,7 @@ denoisers are others.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from medvdm import gaussian
 from medvdm.schedules import with_slope
 
 
+@runtime_checkable
 class Diffusion(Protocol):
     """What the bound and the samplers ask of a model.
 
@@ -59,18 +60,18 @@ class Diffusion(Protocol):
 
 
 class Bound(NamedTuple):
-    """The terms of the bound in nats, one value an image, plus the optional image-gradient-difference term.
+    """The terms of the bound in nats, one value an image (or their mean), plus the gradient-difference term.
 
     ``gradient_difference`` is no part of the bound: :attr:`total` leaves it out.
     """
 
-    reconstruction: Float[Array, " n"]
-    prior: Float[Array, " n"]
-    diffusion: Float[Array, " n"]
-    gradient_difference: Float[Array, " n"]
+    reconstruction: Float[Array, "*n"]
+    prior: Float[Array, "*n"]
+    diffusion: Float[Array, "*n"]
+    gradient_difference: Float[Array, "*n"]
 
     @property
-    def total(self) -> Float[Array, " n"]:
+    def total(self) -> Float[Array, "*n"]:
         """The negative bound itself: reconstruction + prior + diffusion."""
         return self.reconstruction + self.prior + self.diffusion
 
@@ -101,9 +102,7 @@ def step_index(u: Float[Array, " n"], timesteps: int) -> Int[Array, " n"]:
     return jnp.minimum(jnp.floor(u * timesteps).astype(jnp.int32), timesteps - 1) + 1
 
 
-def decode_z0(
-    model: Diffusion, f: Float[Array, "n d"], key: PRNGKeyArray | None
-) -> Float[Array, "n *shape"]:
+def decode_z0(model: Diffusion, f: Float[Array, "n d"], key: PRNGKeyArray | None) -> Float[Array, "n *shape"]:
     r"""Decode a draw :math:`z_0 \sim q(z_0 | x)`, rescaled to :math:`z_0 / \alpha_0`; without a key, its mean f."""
     if key is None:
         return model.decode(f)

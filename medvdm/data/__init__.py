@@ -12,10 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from medvdm.data.base import SPLITS, ImageData, as_unit_float, from_arrays, split_of_patient
+from medvdm.data.base import SPLITS, ImageData, as_unit_float, from_arrays, index_of, split_of_patient
 from medvdm.errors import InputError, nearest
 
-__all__ = ["SPLITS", "DataConfig", "ImageData", "as_unit_float", "from_arrays", "load", "names", "split_of_patient"]
+__all__ = [
+    "SPLITS",
+    "DataConfig",
+    "ImageData",
+    "as_unit_float",
+    "from_arrays",
+    "index_of",
+    "load",
+    "names",
+    "split_of_patient",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,12 +114,6 @@ class ImageData:
         """Images at ``indices``: float32 of shape (n, height, width, channels) in [0, 1]."""
         return self.reader(np.asarray(indices, dtype=np.int64))
 
-    def label_index(self, name: str) -> int:
-        """Position of the class called ``name``; raises InputError with the nearest name."""
-        if name not in self.class_names:
-            raise InputError(f"label: '{name}'; {nearest(name, self.class_names)}")
-        return self.class_names.index(name)
-
     def counts(self) -> dict[str, dict[str, int]]:
         """Numbers of images and patients of each split."""
         return {
@@ -141,6 +135,13 @@ class ImageData:
         means = self.read(probe).reshape(len(probe), -1).mean(axis=1, dtype=np.float64)
         h.update(" ".join(f"{mean:.3f}" for mean in means).encode())
         return h.hexdigest()[:16]
+
+
+def index_of(name: str, names: Sequence[str], what: str) -> int:
+    """Position of ``name`` in ``names``; raises InputError that says ``what`` it is and names the nearest."""
+    if name not in names:
+        raise InputError(f"{what}: '{name}'; {nearest(name, names)}")
+    return list(names).index(name)
 
 
 def from_arrays(

@@ -1,0 +1,64 @@
+# `make help` says what there is. Settings: PYTHON (3.11 or newer), VENV (where the environment goes).
+PYTHON ?= python3
+VENV   ?= .venv
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check -qq
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo    set up $(VENV), then train, evaluate and sample on the embedded phantom (no download of data)"
+	@echo "make test    set up $(VENV), then check the style and run all tests with coverage"
+	@echo "make setup   set up $(VENV) only, with what the tests need"
+	@echo "make lint    check the style only"
+	@echo "make clean   remove $(VENV), $(DEMO) and everything that was built; other runs stay"
+	@echo "Settings: make demo PYTHON=python3.12 VENV=/somewhere/else"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "error: '$(PYTHON)' is not Python 3.11 or newer; name one with 'make PYTHON=...'" >&2; exit 2; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# What is installed is recorded in two stamps, so nothing is installed twice.
+$(VENV)/.stamp: pyproject.toml .ci/constraints.txt | $(BIN)/python
+	@echo "Installing medvdm in $(VENV), in the tested versions (the first time takes a minute or more)"
+	@$(PIP) install --constraint .ci/constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml .ci/constraints.txt | $(BIN)/python
+	@echo "Installing medvdm and what its tests need in $(VENV), in the tested versions (the first time takes minutes)"
+	@$(PIP) install --constraint .ci/constraints.txt --editable '.[test]'
+	@touch $(VENV)/.stamp $@
+
+setup: $(VENV)/.stamp-test
+	@echo "Ready: $(BIN)/medvdm"
+
+demo: $(VENV)/.stamp
+	@rm -rf $(DEMO)
+	@echo "1/3 Training a small model on generated chest X-rays"
+	@$(BIN)/medvdm train --preset demo --out $(DEMO)
+	@echo "2/3 Drawing 32 synthetic X-rays"
+	@$(BIN)/medvdm sample $(DEMO) --num 32 --steps 250 --out $(DEMO)/samples.png
+	@echo "3/3 Evaluating on test patients that the model has not seen"
+	@$(BIN)/medvdm evaluate $(DEMO) --split test
+	@echo "Synthetic X-rays: $(CURDIR)/$(DEMO)/samples.png"
+
+lint: $(VENV)/.stamp-test
+	@echo "Checking the style"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || \
+	    { echo "error: these files are not formatted:" >&2; $(BIN)/ruff format --check . >&2; exit 1; }
+
+test: lint
+	@echo "Testing"
+	@$(BIN)/python -m pytest --cov=medvdm --cov-fail-under=95
+
+clean:
+	@rm -rf $(VENV) $(DEMO) build dist htmlcov _build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed $(VENV), $(DEMO) and what was built"

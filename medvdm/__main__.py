@@ -1,0 +1,8 @@
+"""``python -m medvdm`` is the command ``medvdm``."""
+
+import sys
+
+from medvdm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

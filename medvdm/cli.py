@@ -1,0 +1,250 @@
+"""The command line: ``medvdm train | evaluate | sample | benchmark``.
+
+The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
+errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medvdm.errors import InputError, MedvdmError, nearest
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    if argv is None:
+        argv = sys.argv[1:]
+        _use_huge_pages(argv)
+    try:
+        return _dispatch(list(argv))
+    except MedvdmError as problem:
+        _complain(problem)
+        return problem.exit_code
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f"{problem.filename}: " if problem.filename else ""
+        _complain(f"{where}{problem.strerror}; expected a place that can be written")
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+def _complain(problem: object) -> None:
+    print(f"medvdm: {' '.join(str(problem).split())}", file=sys.stderr)
+
+
+def _use_huge_pages(argv: Sequence[str]) -> None:
+    """Start again with 2 MB pages for large arrays, where the system offers them on request.
+
+    A training step of the `paper` preset fills hundreds of megabytes of fresh memory, and most of the time of filling
+    is the system handing it out 4 kB at a time. The setting is read when a process starts, hence the second start (a
+    few milliseconds; JAX is not loaded yet). An existing GLIBC_TUNABLES is left alone.
+    """
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    with contextlib.suppress(OSError):
+        name, version = platform.libc_ver()
+        recent = name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+        if recent and "GLIBC_TUNABLES" not in os.environ and "[madvise]" in offered.read_text():
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, [sys.executable, "-m", "medvdm", *argv])
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "sample": _sample,
+        "benchmark": _benchmark,
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(
+            "usage: medvdm {" + ",".join(commands) + "} [options]\n\nVariational diffusion models for medical images."
+        )
+        print(
+            "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
+        )
+        print("  sample     draw synthetic images from a run\n  benchmark  step time against a plain JAX step")
+        print("\n'medvdm COMMAND --help' lists the options of a command.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from medvdm import __version__
+
+        print(f"medvdm {__version__}")
+        return 0
+    if argv[0] not in commands:
+        raise InputError(f"command: '{argv[0]}'; {nearest(argv[0], commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+def _parse(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
+    """Parse with tyro; its boxed complaint becomes one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind, args=argv, prog=f"medvdm {command}", default=default, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = "".join(c if c.isascii() or c.isalnum() else " " for c in said.getvalue()).split()
+        text = " ".join(w for w in words if set(w) - set("-=+|"))
+        text = text.removeprefix("Parsing error").split(" For full helptext")[0].strip()
+        raise InputError(f"{text} (see medvdm {command} --help)") from None
+
+
+# The commands. Their options are in medvdm.options; heavy modules are imported after the options are parsed.
+
+
+def _train(argv: list[str]) -> int:
+    from medvdm import config as config_
+    from medvdm import runs
+    from medvdm.config import RunConfig
+    from medvdm.options import Model, Train
+    from medvdm.vdm import VDMConfig
+
+    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    start.add_argument("--preset", nargs="?")
+    start.add_argument("--out", nargs="?")
+    start.add_argument("--resume", action="store_true")
+    early, _ = start.parse_known_args(argv)
+    if early.preset is not None and early.preset not in config_.PRESETS:
+        raise InputError(f"preset: '{early.preset}'; {nearest(early.preset, config_.PRESETS)}")
+    if early.resume and early.out and runs.holds_run(Path(early.out)):
+        base = runs.read_record(Path(early.out))[1]  # what is not said again stays as it was
+        if early.preset not in (None, base.preset):
+            raise InputError(f"preset: '{early.preset}'; expected '{base.preset}', with which {early.out} was started")
+    else:
+        base = config_.preset(early.preset or "demo")
+    defaults = Train(
+        out="",
+        preset=base.preset,
+        conditional=base.conditional,
+        data=base.data,
+        model=Model(**vars(base.model)),
+        training=base.training,
+        keep=base.keep,
+    )
+    args = _parse(Train, argv, "train", defaults)
+    if not args.out:
+        raise InputError("--out: missing; expected the folder of the run")
+    config = RunConfig(
+        preset=args.preset,
+        conditional=args.conditional,
+        data=args.data,
+        model=VDMConfig(**{f.name: getattr(args.model, f.name) for f in fields(VDMConfig)}),
+        training=args.training,
+        keep=args.keep,
+    )
+
+    from medvdm import devices, fitting
+
+    devices.start_processes(args.coordinator, args.num_processes, args.process_id)
+    run = fitting.fit(config, args.out, resume=args.resume, progress=args.progress)
+    if fitting.first_process():
+        looks = [r for r in runs.read_lines(run.path / runs.EVALUATIONS) if r["step"] == run.step]
+        for look in looks:
+            print(f"step {run.step}, validation, {look['weights']} weights: {look['vlb_bpd']:.4f} bits per dimension")
+        print(f"run: {args.out}")
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from medvdm.options import Evaluate
+
+    args = _parse(Evaluate, argv, "evaluate")
+
+    from medvdm import runs
+
+    run = runs.load(args.run, ema=args.ema)
+    data = None
+    if args.data is not None or args.data_dir is not None:
+        data = runs.load_data(run, args.data, args.data_dir)
+    result = runs.evaluate(
+        run, data, split=args.split, null=args.null, draws=args.draws, batch_size=args.batch_size, seed=args.seed
+    )
+    print(json.dumps(result) if args.json else _table(result))
+    return 0
+
+
+def _table(r: dict[str, Any]) -> str:
+    """The result of an evaluation for people."""
+
+    def line(name: str, value: float | None, unit: str, note: str = "", digits: int = 4) -> str:
+        shown = "not fitted" if value is None else f"{value:.{digits}f}"
+        return f"  {name:<28}{shown:>11} {unit:<10}{note}".rstrip()
+
+    error = "unknown" if r["vlb_bpd_stderr"] is None else f"{r['vlb_bpd_stderr']:.4f}"
+    labels = {"true": "true labels", "null": "no labels (null)", "none": "unconditional"}[r["labels"]]
+    above = {
+        name: None if r[name] is None else f"excess {r[name] - r['floor_bpd']:.4f}"
+        for name in ("lingauss_bpd", "pca64_bpd", "mean_image_bpd")
+    }
+    return "\n".join(
+        [
+            f"{r['run']} at step {r['step']}, {r['weights']} weights, {labels}",
+            f"{r['data']}, split '{r['split']}': {r['num_images']} images of {r['num_patients']} patients",
+            line("reconstruction", r["reconstruction_bpd"], "bits/dim"),
+            line("diffusion", r["diffusion_bpd"], "bits/dim", digits=6),
+            line("latent (prior)", r["latent_bpd"], "bits/dim", digits=6),
+            line("total: the bound", r["vlb_bpd"], "bits/dim", f"+- {error} over patients"),
+            line("floor of these images", r["floor_bpd"], "bits/dim"),
+            line("excess over the floor", r["excess_bpd"], "bits/dim"),
+            line("rate", r["rate_bits_per_image"], "bits/image", digits=1),
+            line("PSNR of the reconstruction", r["psnr_db"], "dB", digits=2),
+            line("SSIM of the reconstruction", r["ssim"], ""),
+            "fitted on the run's training images:",
+            line("linear-Gaussian VDM", r["lingauss_bpd"], "bits/dim", above["lingauss_bpd"] or ""),
+            line("PCA-64 (no rate charged)", r["pca64_bpd"], "bits/dim", above["pca64_bpd"] or ""),
+            line("mean image", r["mean_image_bpd"], "bits/dim", above["mean_image_bpd"] or ""),
+        ]
+    )
+
+
+def _sample(argv: list[str]) -> int:
+    from medvdm.options import Sample
+
+    args = _parse(Sample, argv, "sample")
+
+    from medvdm import marks, runs
+
+    marks.check_path(Path(args.out))
+    run = runs.load(args.run, ema=args.ema)
+    drawn = runs.sample(run, args.num, steps=args.steps, label=args.label, guidance=args.guidance, seed=args.seed)
+    drawn.save(args.out)
+    print(f"{args.num} synthetic images: {args.out}")
+    return 0
+
+
+def _benchmark(argv: list[str]) -> int:
+    from medvdm import config as config_
+    from medvdm.options import Benchmark
+
+    args = _parse(Benchmark, argv, "benchmark")
+    config = config_.preset(args.preset, batch_size=args.batch_size)
+    if args.image_size is not None:
+        config = config_.change(config, image_size=args.image_size)
+
+    from medvdm import benchmark
+
+    result = benchmark.run(config, repeats=args.repeats)
+    print(json.dumps(result) if args.json else benchmark.table(result))
+    return 0

@@ -1,0 +1,114 @@
+"""The options of each command, read by tyro: a field is an option, the text below it its help.
+
+``train`` composes the dataclasses of the Python API, so every setting of a run is an option under its own name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tyro.conf import Positional, Suppress
+
+from medvdm.config import PRESETS, KeepConfig
+from medvdm.data import DataConfig
+from medvdm.training import TrainConfig
+from medvdm.vdm import VDMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(VDMConfig):
+    """The model's settings, without those that come from the data."""
+
+    image_shape: Suppress[tuple[int, int, int]] = (256, 256, 1)
+    classes: Suppress[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model and leave a run in a folder."""
+
+    out: str
+    """Folder of the run."""
+    preset: Literal[PRESETS] = "demo"  # type: ignore[valid-type]
+    """Settings to start from; every option below changes one of them."""
+    resume: bool = False
+    """Continue the run in --out exactly where its newest checkpoint left it."""
+    conditional: bool = False
+    """Condition the model on the labels (with a trained null for 'no label')."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Model = field(default_factory=Model)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    progress: bool = True
+    """Show a progress bar on stderr."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0 in a run of several processes; 'auto' where the cluster tells."""
+    num_processes: int = 1
+    """Number of processes."""
+    process_id: int = 0
+    """Which of them this is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """The bound of a run on held-out images, its error, the floor of the data, and the baselines."""
+
+    run: Positional[str]
+    """Folder of the run."""
+    data: str | None = None
+    """Other data than the run's own."""
+    data_dir: str | None = None
+    """Where the images are now."""
+    split: str = "test"
+    """train, val, test or all."""
+    ema: bool = False
+    """Evaluate the moving average of the weights."""
+    null: bool = False
+    """Evaluate a conditional model without the labels."""
+    draws: int = 8
+    """Independent draws of time and noise an image."""
+    batch_size: int = 32
+    """Images at a time."""
+    seed: int = 0
+    """Of the draws."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw synthetic images from a run."""
+
+    run: Positional[str]
+    """Folder of the run."""
+    num: int = 16
+    """How many images."""
+    out: str
+    """File to write: .npz (images, labels, where they come from) or .png (a grid)."""
+    steps: int = 250
+    """Steps T of the ancestral chain."""
+    label: str | None = None
+    """Class to draw from; by default the model's null, 'no label given'."""
+    guidance: float = 0.0
+    """Guidance weight w: eps = (1 + w) conditional - w null."""
+    seed: int = 0
+    """Of the samples; sample i of a seed is always the same."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Time a preset's training step against a hand-written plain JAX step, interleaved in one process."""
+
+    preset: str = "demo"
+    """Which preset."""
+    batch_size: int = 16
+    """Images a step."""
+    image_size: int | None = None
+    """Height and width; by default the preset's, or 64."""
+    repeats: int = 20
+    """Timed pairs of steps."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
