@@ -46,7 +46,7 @@ demo: $(VENV)/.stamp
 	@$(BIN)/medvdm sample $(DEMO) --num 32 --steps 250 --out $(DEMO)/samples.png
 	@echo "3/3 Evaluating on test patients that the model has not seen"
 	@$(BIN)/medvdm evaluate $(DEMO) --split test
-	@echo "Synthetic X-rays: $(CURDIR)/$(DEMO)/samples.png"
+	@echo "Picture of the synthetic X-rays: $(DEMO)/samples.png"
 
 lint: $(VENV)/.stamp-test
 	@echo "Checking the style"

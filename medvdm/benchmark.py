@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from medvdm import data as data_
-from medvdm import runs, training, vdm
 from medvdm import pipeline as pipeline_
+from medvdm import runs, training, vdm
 from medvdm.config import RunConfig
 from medvdm.errors import InputError
 

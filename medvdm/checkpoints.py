@@ -75,16 +75,18 @@ class Checkpoints:
         counter = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
         return TrainState(counter, found["params"], found["opt_state"], found.get("ema"))
 
-    def restore_weights(self, like: Params, which: str) -> tuple[int, Params]:
-        """The newest step and its ``params`` or ``ema``; raises RunError as :meth:`restore`."""
-        step = self._require()
+    def restore_weights(self, like: Params, which: str, step: int | None = None) -> tuple[int, Params]:
+        """A step (the newest by default) and its ``params`` or ``ema``; raises RunError as :meth:`restore`."""
+        step = self._require(step)
         return step, self._restore(step, {which: like})[which]
 
-    def _require(self) -> int:
-        step = self.latest()
-        if step is None:
+    def _require(self, step: int | None = None) -> int:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             raise RunError(f"{self.folder}: no complete checkpoint found; expected at least one saved step")
-        return step
+        if step is not None and step not in steps:
+            raise RunError(f"{self.folder}: no checkpoint of step {step}; expected one of {steps}")
+        return steps[-1] if step is None else step
 
     def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         restore = self._ocp.args.StandardRestore

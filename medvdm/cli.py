@@ -174,7 +174,7 @@ def _evaluate(argv: list[str]) -> int:
 
     from medvdm import runs
 
-    run = runs.load(args.run, ema=args.ema)
+    run = runs.load(args.run, ema=args.ema, step=args.step)
     data = None
     if args.data is not None or args.data_dir is not None:
         data = runs.load_data(run, args.data, args.data_dir)

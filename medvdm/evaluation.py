@@ -111,13 +111,17 @@ def evaluate_weights(
         seed: of the draws.
 
     Raises:
-        InputError: draws below 1, or data of another shape or number of classes than the model.
+        InputError: draws or batch_size below 1, a seed of more than 32 bits, or data of another shape or number of
+            classes than the model.
         DataError: the split is empty.
     """
     start = time.perf_counter()
     config = vdm.merge(graph, params).config
-    if draws < 1:
-        raise InputError(f"draws: {draws}; expected at least 1")
+    for name, value in (("draws", draws), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}: {value}; expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: {seed}; expected 0 to {2**32 - 1}")
     if data.image_shape != config.image_shape:
         raise InputError(f"{data.name}: images of shape {data.image_shape}; expected {config.image_shape}")
     labelled = config.classes > 0 and not null

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PureWindowsPath
@@ -74,7 +75,7 @@ def default_columns(n: int) -> int:
     [1, 3, 4, 4, 4, 8]
     """
     least = math.isqrt(n - 1) + 1
-    return min(range(least, max(least, 2 * math.isqrt(n)) + 1), key=lambda c: (-n % c, c))
+    return min(range(least, -(-4 * least // 3) + 1), key=lambda c: (-n % c, c))
 
 
 def tile(images: np.ndarray, columns: int, gap: int) -> np.ndarray:
@@ -114,14 +115,27 @@ def write_samples(
         MissingFileError: the folder of ``path`` is not there.
         OSError: the file cannot be written; nothing of it is left.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
+    if check_path(path) == ".npz":
         write_npz(path, images=images, labels=labels, class_names=class_names, provenance=provenance)
-    elif suffix == ".png":
-        write_png(path, images, provenance=provenance, columns=columns)
     else:
+        write_png(path, images, provenance=provenance, columns=columns)
+
+
+def check_path(path: str | Path) -> str:
+    """The suffix of a file that samples can be written to; worth asking before they are drawn.
+
+    Raises:
+        InputError: a suffix other than .npz and .png, or ``path`` is a folder.
+        MissingFileError: the folder of ``path`` is not there.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: suffix '{path.suffix}'; {nearest(path.suffix, SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise MissingFileError(f"{path}: the folder {path.parent} is not there; expected an existing one")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a file")
+    return path.suffix.lower()
 
 
 def write_npz(
@@ -349,9 +363,7 @@ def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _inline(value: Any) -> str:
     """Text from the record on one line, with what Markdown or HTML would act on escaped."""
     text = " ".join(_text(value).split())
-    for mark in "\\`*_|<[#":
-        text = text.replace(mark, "\\" + mark)
-    return text
+    return re.sub(r"[\\`*|<\[#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def _what(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -408,7 +420,10 @@ def _data(data: Mapping[str, Any]) -> str:
     lines += [f"- Note: {_inline(note)}" for note in data.get("notes") or ()]
     text = "## Data\n\n" + "\n".join(lines)
     if counts := data.get("counts"):
-        rows = [[_inline(split), _count(of.get("images")), _count(of.get("patients"))] for split, of in counts.items()]
+        rows = [
+            [_inline(split), *(_count((of or {}).get(k)) for k in ("images", "patients"))]
+            for split, of in counts.items()
+        ]
         text += "\n\n" + _table(["split", "images", "patients"], rows)
     return text
 
@@ -420,7 +435,7 @@ def _training(record: Mapping[str, Any]) -> str:
     if training.get("seconds") is not None:
         rows.append(["training time", _duration(training["seconds"])])
     if rows:
-        text += "\n\n" + _table(["computed with", ""], rows, right=False)
+        text += "\n\n" + _table(["computed with", ""], rows, left=2)
     if last := training.get("last"):
         terms = ", ".join(f"{_inline(_TERM_NAMES.get(k, k))} {_number(v, _bpd)}" for k, v in last.items())
         text += (
@@ -487,7 +502,7 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     for title, key, unit, show in _ROWS:
         if any(key in e for e in evaluations):
             rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
-    return f"## Results\n\n{_table(head, rows)}\n\n{_MEANING}"
+    return f"## Results\n\n{_table(head, rows, left=2)}\n\n{_MEANING}"
 
 
 def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -516,8 +531,8 @@ _MEANING = """### What the numbers mean
   number of pixels it looks tiny; it is not.
 - A Bernoulli 'likelihood' of gray values is not a normalised density. These numbers are **not comparable** with the
   bits/dim of models of 8-bit images.
-- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. None of the numbers measures
-  whether samples are anatomically right, or whether they repeat training images.
+- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number here measures whether
+  samples are anatomically right, or whether they repeat training images.
 - A dash means: not computed."""
 
 
@@ -589,8 +604,9 @@ Neither says anything about this model's data or results, which are those above.
     return text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
-    rule = ["---", *("---:" if right else "---" for _ in head[1:])]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; all columns but the first ``left`` are numbers, aligned to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 

@@ -62,6 +62,8 @@ class Evaluate:
     """Where the images are now."""
     split: str = "test"
     """train, val, test or all."""
+    step: int | None = None
+    """An earlier checkpoint that is still kept."""
     ema: bool = False
     """Evaluate the moving average of the weights."""
     null: bool = False

@@ -36,7 +36,8 @@ def training_batches(
     indices = data.indices("train")
     if batch_size > len(indices):
         raise InputError(f"batch_size: {batch_size}; expected at most {len(indices)}, the number of training images")
-    order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat().batch(batch_size)
+    # A number of epochs that no run reaches: an endless repeat overflows with batches of one image.
+    order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat(2**31).batch(batch_size)
 
     def read(positions: np.ndarray) -> Batch:
         mine = indices[positions[rows]]

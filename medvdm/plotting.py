@@ -22,6 +22,8 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from medvdm import gaussian, marks
@@ -204,8 +206,9 @@ def forward_strip(
         raise InputError(f"times: {np.array2string(times, threshold=8)}; expected one or more from 0 to 1")
     gammas = np.asarray(schedule(jnp.asarray(times)))
     eps = jax.random.normal(jax.random.key(seed), x.shape)
-    z = gaussian.diffuse(2.0 * x[None] - 1.0, eps[None], jnp.asarray(gammas).reshape(-1, 1, 1, 1, 1))
-    shown = np.clip((np.asarray(z) + 1.0) / 2.0, 0.0, 1.0)
+    scaled = 2.0 * jnp.asarray(x) - 1.0
+    z = np.stack([gaussian.diffuse(scaled, eps, jnp.asarray(gamma)) for gamma in gammas])
+    shown = np.clip((z + 1.0) / 2.0, 0.0, 1.0)
     return strip(shown, times, synthetic=synthetic, gammas=gammas, row_titles=row_titles, title=title)
 
 
@@ -238,7 +241,7 @@ def _sheet(
     """
     n, h, w, channels = images.shape
     rows = -(-n // columns)
-    side = 8 + (max(7 * max(map(len, left)), 20) if left else 14 if above_name else 0)
+    side = 8 + (8 * max(map(_dots, left)) + 8 if left else 14 if above_name else 0)
     most = min((_WIDTH * DPI - side) / columns, 256)
     whole = int(most // w)
     cell = whole * w if whole else most  # width of an image in dots
@@ -304,10 +307,11 @@ def _fitted(texts: Sequence[str], width: float) -> tuple[list[str], float]:
 
     Returns the texts and the size of their letters in points, 5 to 8.
     """
-    dots = 0.73  # width of a letter of one point, at 100 dots per inch, with a little room
+    words = [word for text in texts for word in text.split()]
+    dots = max((_dots(word) / len(word) for word in words if len(word) > 3), default=0.75)  # of a letter of one point
 
     def wrapped(size: float, within_words: bool) -> list[str]:
-        most = max(1, int(width / (dots * size)))
+        most = max(1, int(width / (dots * size) + 1e-6))
         return [
             "\n".join("\n".join(textwrap.wrap(line, most, break_long_words=within_words)) for line in text.split("\n"))
             for text in texts
@@ -316,6 +320,12 @@ def _fitted(texts: Sequence[str], width: float) -> tuple[list[str], float]:
     longest = max(len(line) for text in wrapped(8.0, False) for line in text.split("\n"))
     size = min(max(width / (dots * max(longest, 1)), 5.0), 8.0)
     return wrapped(size, True), size
+
+
+def _dots(text: str) -> float:
+    """Width of a text of one point."""
+    font = FontProperties(family="DejaVu Sans", size=100)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 100 * DPI / 72
 
 
 # --- Curves ------------------------------------------------------------------------------------------------------

@@ -174,12 +174,13 @@ class Run:
         }
 
 
-def load(path: str | Path, *, ema: bool = False) -> Run:
-    """Load a run's newest checkpoint.
+def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run:
+    """Load a run's newest checkpoint, or that of a given step.
 
     Args:
         path: the run's folder.
         ema: load the moving average of the weights instead of the weights.
+        step: an earlier step that is still kept (``keep_checkpoints``).
 
     Raises:
         MissingFileError: no run there.
@@ -195,7 +196,7 @@ def load(path: str | Path, *, ema: bool = False) -> Run:
     shapes = jax.eval_shape(lambda: vdm.split(vdm.VDM(config.model, rngs=nnx.Rngs(0)))[1])
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     with Checkpoints(path / CHECKPOINTS, create=False) as checkpoints:
-        step, params = checkpoints.restore_weights(like, "ema" if ema else "params")
+        step, params = checkpoints.restore_weights(like, "ema" if ema else "params", step)
     return Run(
         path=path,
         config=config,
@@ -278,7 +279,7 @@ def evaluate(
     }
     if save:
         (run.path / RESULTS).mkdir(exist_ok=True)
-        name = f"{data.name}-{split}-{run.weights}" + ("-null" if null else "")
+        name = f"{data.name}-{split}-{run.step}-{run.weights}" + ("-null" if null else "")
         write_json(run.path / RESULTS / f"{name}.json", result)
         write_card(run.path)
     return result
@@ -359,8 +360,10 @@ def sample(
         z, first, num_states: see :func:`medvdm.sampling.generate`.
 
     Raises:
-        InputError: a bad count, an unknown label, or a label for an unconditional model.
+        InputError: a bad count or seed, an unknown label, or a label for an unconditional model.
     """
+    if not 0 <= seed < 2**31:
+        raise InputError(f"seed: {seed}; expected 0 to {2**31 - 1}")
     labels, index = None, -1
     if label is not None:
         if not run.config.model.classes:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from medvdm import gaussian
 from medvdm.schedules import with_slope
@@ -76,12 +76,12 @@ class Bound(NamedTuple):
         return self.reconstruction + self.prior + self.diffusion
 
 
-def bits_per_dim(nats_per_image: Array | float, image_shape: tuple[int, ...]) -> Array | float:
+def bits_per_dim(nats_per_image: ArrayLike, image_shape: tuple[int, ...]) -> Any:
     """Nats per image to bits per dimension (per pixel and channel): divide by ln 2 and by the number of pixels."""
     return nats_per_image / (math.log(2.0) * math.prod(image_shape))
 
 
-def nats_per_image(bits_per_dim: Array | float, image_shape: tuple[int, ...]) -> Array | float:
+def nats_per_image(bits_per_dim: ArrayLike, image_shape: tuple[int, ...]) -> Any:
     """Bits per dimension to nats per image: the inverse of :func:`bits_per_dim`."""
     return bits_per_dim * (math.log(2.0) * math.prod(image_shape))
 

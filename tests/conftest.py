@@ -1,0 +1,69 @@
+"""Shared by all tests: shapes and types of the mathematical modules are checked at run time."""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# Before anything imports the package: every call of these modules is checked against its annotations.
+CHECKED = ("gaussian", "schedules", "vlb", "networks", "likelihoods", "sampling", "training", "vdm")
+jaxtyping.install_import_hook([f"medvdm.{name}" for name in CHECKED], "beartype.beartype")
+
+# Compiling takes most of the time of a small run. Compiled code is kept beside pytest's own cache, also for the
+# processes that tests start, and also for the next test run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # no broadcast between arrays of different rank by accident
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data named by MEDVDM_DATA_DIR (nih-chestxray8-256 and medmnist inside), or skip."""
+    folder = os.environ.get("MEDVDM_DATA_DIR")
+    if not folder:
+        pytest.skip("MEDVDM_DATA_DIR is not set: it names the folder with nih-chestxray8-256/ and medmnist/")
+    folder = Path(folder)
+    missing = [name for name in ("nih-chestxray8-256", "medmnist") if not (folder / name).is_dir()]
+    if missing:
+        pytest.skip(f"MEDVDM_DATA_DIR={folder} has no folder {' and no '.join(missing)}")
+    return folder
+
+
+@pytest.fixture
+def unchecked():
+    """Switch the run-time type check off, to meet the library's own refusals as a user does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A tiny class-conditional VDM with random weights everywhere (zero-initialised layers too): config, graph, params.
+
+    The image has three different sides, so a mixed-up axis shows.
+    """
+    from medvdm import vdm
+
+    config = vdm.VDMConfig(
+        image_shape=(3, 4, 2),
+        classes=3,
+        latent=4,
+        embedding_dim=8,
+        encoder_width=8,
+        decoder_width=8,
+        inner_width=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        score_layers=2,
+    )
+    params = vdm.init(config, 0)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return config, vdm.graph_of(config), jax.tree.unflatten(tree, leaves)

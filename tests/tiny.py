@@ -1,0 +1,58 @@
+"""A run small enough for tests: the demo preset with everything on, shrunk to seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import medvdm
+from medvdm.config import RunConfig
+
+SETTINGS: dict[str, Any] = {
+    "num_images": 60,
+    "image_size": 16,
+    "batch_size": 8,
+    "steps": 12,
+    "latent": 4,
+    "embedding_dim": 8,
+    "encoder_width": 16,
+    "decoder_width": 16,
+    "inner_width": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "score_layers": 1,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+}
+
+
+def config(**changes: Any) -> RunConfig:
+    """The tiny settings with changes."""
+    return medvdm.preset("demo", **{**SETTINGS, **changes})
+
+
+def options(**changes: Any) -> list[str]:
+    """The same for the command line."""
+    merged = {**SETTINGS, **changes}
+    return [text for name, value in merged.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def start(*arguments: str | Path, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """Start ``medvdm`` in a process of its own, with a number of fake CPU devices."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "medvdm", *map(str, arguments)],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def medvdm_command(*arguments: str | Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run ``medvdm`` to its end."""
+    process = start(*arguments, devices=devices)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
