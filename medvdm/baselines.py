@@ -22,6 +22,7 @@ images, first k, then r.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def save(baselines: Baselines, path: Path) -> None:
 def load(path: Path) -> Baselines:
     """Read what :func:`save` wrote; raises RunError naming the file."""
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
             return Baselines(
                 mean=f["mean"],
                 components=f["components"],
@@ -174,5 +175,5 @@ def load(path: Path) -> Baselines:
                 noise=float(f["noise"]),
                 num_images=int(f["num_images"]),
             )
-    except (OSError, ValueError, KeyError, EOFError) as problem:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as problem:
         raise RunError(f"{path}: {problem}; expected the baselines of a run") from None

@@ -152,7 +152,9 @@ def from_json(record: dict[str, Any], where: str = "config") -> RunConfig:
         raise RunError(f"{where}: {problem}; expected a config written by this version of medvdm") from None
 
 
-def _build(kind: type, record: dict[str, Any]) -> Any:
+def _build(kind: type, record: Any) -> Any:
+    if not isinstance(record, dict):
+        raise TypeError(f"{kind.__name__}: {record!r} is not an object")
     hints = typing.get_type_hints(kind)
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in record]
     unknown = [name for name in record if name not in hints]
@@ -162,10 +164,12 @@ def _build(kind: type, record: dict[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value)
     origin = typing.get_origin(hint)
-    if origin is tuple:
+    if origin is tuple:  # JSON has lists only
+        if not isinstance(value, list) or [type(v) for v in value] != list(typing.get_args(hint)):
+            raise TypeError(f"{name}: {value!r} is not {hint}")
         return tuple(value)
     if origin is typing.Literal:
         return value

@@ -385,7 +385,7 @@ def _what(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     lines = [f"- Made with: medvdm {_inline(record.get('version')) or '(version not recorded)'}"]
     if preset := config.get("preset"):
         lines.append(f"- Preset: {_inline(preset)}")
-    if "steps_done" in training:
+    if training.get("steps_done") is not None:
         planned = _part(config, "training").get("steps")
         steps = f"{training['steps_done']:,}"
         unfinished = planned is not None and training["steps_done"] < planned

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,12 +70,8 @@ def data_record(data: ImageData) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file all at once: a reader, or a kill, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with marks.atomic(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -13,7 +13,9 @@ GAMMAS = np.linspace(-30.0, 30.0, 241).astype(np.float32)
 PAIRS = [(-13.3, -13.2), (-5.0, 1.0), (-5.0, -4.99), (0.0, 0.01), (2.0, 5.0), (-8.0, 6.0), (9.0, 12.0)]
 quick = settings(max_examples=60, deadline=None)
 finite = st.floats(-3.0, 3.0, width=32)
-pairs = st.tuples(st.floats(-12.0, 8.0, width=32), st.floats(0.015625, 8.0, width=32)).map(lambda p: (p[0], p[0] + p[1]))
+pairs = st.tuples(st.floats(-12.0, 8.0, width=32), st.floats(0.015625, 8.0, width=32)).map(
+    lambda p: (p[0], p[0] + p[1])
+)
 
 
 def f32(*values):

@@ -73,6 +73,11 @@ def test_grid_shows_every_image_at_its_place_on_a_fixed_scale(images) -> None:
     assert (sheet[8 + gap :, 2 * (6 + gap) :] == 1.0).all()  # the empty cell is white, not black
 
 
+def test_one_image_without_black_or_white_is_not_stretched(images) -> None:
+    (shown,) = plotting.image_grid(images[:1], synthetic=False).axes[0].images
+    assert (shown.norm.vmin, shown.norm.vmax) == (0.0, 1.0)
+
+
 def test_pixels_on_the_page_are_the_gray_levels() -> None:
     image = np.array([[[0.0, 0.25], [0.5, 1.0]]], np.float32)
     page = pixels(plotting.image_grid(image, synthetic=False))[..., :3]
@@ -270,8 +275,8 @@ def test_floor_is_drawn_where_it_means_something() -> None:
 
 def test_resumed_and_damaged_records() -> None:
     rows = [
-        {"step": 1, "vlb_bpd": 1.0},
         {"step": 3, "vlb_bpd": 0.5},
+        {"step": 1, "vlb_bpd": 1.0},
         {"step": 2, "vlb_bpd": float("nan")},
         {"step": 3, "vlb_bpd": 0.7, "reconstruction_bpd": None},
         {"note": "not a step"},

@@ -89,7 +89,9 @@ def test_one_label_an_example_shortens_the_block_and_still_matches_the_loop(T):
     np.testing.assert_allclose(chain(MODEL, z, labels, keys=keys, steps=T, first=T)[-1], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize(("T", "first", "k"), [(100, 70, 1), (100, 70, 4), (100, 100, 3), (9, 5, 5), (3, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("T", "first", "k"), [(100, 70, 1), (100, 70, 4), (100, 100, 3), (9, 5, 5), (3, 3, 3), (1, 1, 1)]
+)
 def test_states_are_the_loops_at_even_spaced_steps_from_any_start(T, first, k):
     z, keys = jax.random.normal(jax.random.key(3), (2, 3)), keys_of(2)
     loop = plain_loop(z, 0.0, keys, T, first)
@@ -194,9 +196,7 @@ def test_guidance_0_is_the_conditional_model_and_no_label_is_the_trained_null(sm
     as_null = {**params, "labels": {"table": jnp.tile(null[None], (3, 1)), "null": null}}
     untold = generate(small).images
     np.testing.assert_allclose(generate(small, params=as_null, labels=LABELS).images, untold, atol=1e-4)
-    np.testing.assert_allclose(
-        generate(small, params=as_null, labels=LABELS, guidance=3.0).images, untold, atol=1e-3
-    )
+    np.testing.assert_allclose(generate(small, params=as_null, labels=LABELS, guidance=3.0).images, untold, atol=1e-3)
     moved = {**params, "labels": {"table": table, "null": null + 1.0}}
     np.testing.assert_array_equal(generate(small, params=moved, labels=LABELS).images, conditional)
     assert np.max(np.abs(generate(small, params=moved).images - untold)) > 1e-3

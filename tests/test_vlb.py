@@ -196,9 +196,7 @@ def test_expected_bound_is_entropy_plus_the_priors_mismatch(s, gamma_0, gamma_1)
     assert error < 0.02 * d
     near(estimate, d * (oracle.isotropic_entropy(s) + gap), error)
     assert terms.total.shape == (n,)
-    np.testing.assert_allclose(
-        terms.total, terms.reconstruction + terms.prior + terms.diffusion, rtol=1e-6
-    )
+    np.testing.assert_allclose(terms.total, terms.reconstruction + terms.prior + terms.diffusion, rtol=1e-6)
 
 
 def test_bound_is_tight_for_a_full_covariance():
