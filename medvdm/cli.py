@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 from medvdm.errors import InputError, MedvdmError, nearest
@@ -30,19 +31,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
         _use_huge_pages(argv)
     try:
-        return _dispatch(list(argv))
+        code = _dispatch(list(argv))
+        sys.stdout.flush()
+        return code
     except MedvdmError as problem:
         _complain(problem)
         return problem.exit_code
+    except BrokenPipeError:  # the reader has gone, as with `| head`; nothing more can be said to it
+        sys.stdout = open(os.devnull, "w")
+        return 141
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if problem.errno not in _PLACES:
             raise
-        where = f"{problem.filename}: " if problem.filename else ""
-        _complain(f"{where}{problem.strerror}; expected a place that can be written")
+        place = problem.filename  # a write, unlike opening a file, does not say where
+        if place is None and "--out" in argv[:-1]:
+            place = argv[argv.index("--out") + 1]
+        _complain(f"{f'{place}: ' if place else ''}{problem.strerror}; expected a place that can be written")
         return 2
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+
+
+#: What is wrong with the place that a command should write to, rather than with the program.
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
+def _quiet_stragglers(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
+    """Print what nobody caught, but not the reads of a damaged checkpoint that end after the first has failed.
+
+    Orbax closes its event loop at the first failure; TensorStore's threads then complain about the closed loop.
+    """
+    if not (kind is RuntimeError and str(problem) == "Event loop is closed"):
+        sys.__excepthook__(kind, problem, trace)
 
 
 def _complain(problem: object) -> None:

@@ -62,7 +62,9 @@ def test_progress_goes_to_stderr_only(trained: Trained) -> None:
     process = trained.process
     assert f"{STEPS}/{STEPS}" in process.stderr
     last = process.stderr.replace("\r", "\n").split("\n")[-2]
-    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*(s/step|step/s), recon=[\d.e-]+, diff=[\d.e-]+, latent=[\d.e-]+\]", last)
+    assert re.search(
+        r"\[\d\d:\d\d<\d\d:\d\d, .*(s/step|step/s), recon=[\d.e-]+, diff=[\d.e-]+, latent=[\d.e-]+\]", last
+    )
     assert "Warning" not in process.stderr
     assert "recon=" not in process.stdout and "%" not in process.stdout
 

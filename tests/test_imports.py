@@ -70,7 +70,7 @@ print(json.dumps([before == after, late]))
 
 
 def test_using_the_library_changes_no_setting_of_jax(tmp_path: Path) -> None:
-    """Nor loads pictures and checkpoints before they are needed."""
+    """Nor loads what draws pictures or reads options before it is needed."""
     code = f"""
 import json, logging, sys, jax
 before = dict(jax.config.values)
@@ -78,7 +78,7 @@ import medvdm
 handlers = len(logging.root.handlers)
 for name in medvdm.__all__:
     getattr(medvdm, name)
-late = [m for m in ("matplotlib", "orbax", "skimage", "tyro") if m in sys.modules]
+late = [m for m in ("matplotlib", "skimage", "tyro", "pydicom") if m in sys.modules]
 print(json.dumps([before == dict(jax.config.values), late, len(logging.root.handlers) - handlers]))
 """
     assert in_new_process(code, tmp_path) == [True, [], 0]

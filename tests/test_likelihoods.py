@@ -34,7 +34,7 @@ def test_nll_is_never_below_its_floor_and_meets_it_at_the_target():
     floor = likelihoods.bernoulli_floor(x)
     assert np.all(likelihoods.bernoulli_nll(x, logits) > floor)
     np.testing.assert_allclose(likelihoods.bernoulli_nll(x, jax.scipy.special.logit(x)), floor, rtol=1e-5)
-    gradient = jax.grad(lambda l: likelihoods.bernoulli_nll(x, l).sum())(jax.scipy.special.logit(x))
+    gradient = jax.grad(lambda logit: likelihoods.bernoulli_nll(x, logit).sum())(jax.scipy.special.logit(x))
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 

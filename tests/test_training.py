@@ -106,15 +106,17 @@ def state_of(params, train):
 
 @pytest.fixture(scope="module")
 def trained(small):
-    """States and metrics of a whole short run, and whether the first state's memory was given away."""
+    """States and metrics of a whole short run, which leaves' memory a step took over, compilations."""
     config, _, params = small
     step = training.jit_step(config, TRAIN)
     state = state_of(params, TRAIN)
-    states, metrics, donated = [jax.device_get(state)], [], None
+    states, metrics = [jax.device_get(state)], []
     images, labels = batch(config)
+    fresh = state_of(params, TRAIN)  # never read on the host, which would hold its memory
+    step(fresh, images, labels)
+    donated = [p.is_deleted() for p in jax.tree.leaves((fresh.params, fresh.ema, fresh.opt_state))]
     for _ in range(TRAIN.steps):
-        old, (state, m) = state, step(state, images, labels)
-        donated = all(p.is_deleted() for p in jax.tree.leaves((old.params, old.ema, old.opt_state)))
+        state, m = step(state, images, labels)
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(m))
     return states, metrics, donated, step._cache_size()
@@ -143,7 +145,7 @@ def test_metrics_are_the_terms_in_bits_per_dimension(trained, small):
 
 
 def test_old_states_memory_is_reused(trained):
-    assert trained[2]
+    assert all(trained[2])
 
 
 def test_average_of_weights_follows_them(trained):
@@ -187,7 +189,7 @@ def test_bfloat16_arithmetic_leaves_parameters_and_loss_float32(small):
     assert {p.dtype for p in jax.tree.leaves((state.params, state.ema, metrics))} == {np.dtype("float32")}
     full, _ = gradient(small, train)
     half, _ = gradient(small, train, config)
-    assert half == pytest.approx(full, rel=0.05) and half != full
+    assert float(half) == pytest.approx(float(full), rel=0.05) and half != full
 
 
 def test_gradient_difference_term_enters_the_loss_with_its_weight_and_not_the_bound(small):
