@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from medvdm.errors import InputError, MedvdmError, nearest
@@ -30,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         _use_huge_pages(argv)
+        sys.unraisablehook = _quiet_stragglers
     try:
         code = _dispatch(list(argv))
         sys.stdout.flush()
@@ -60,13 +60,13 @@ _PLACES = (
 )
 
 
-def _quiet_stragglers(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
-    """Print what nobody caught, but not the reads of a damaged checkpoint that end after the first has failed.
+def _quiet_stragglers(problem: Any) -> None:
+    """Print what nobody can catch, but not the reads of a damaged checkpoint that end after the first has failed.
 
     Orbax closes its event loop at the first failure; TensorStore's threads then complain about the closed loop.
     """
-    if not (kind is RuntimeError and str(problem) == "Event loop is closed"):
-        sys.__excepthook__(kind, problem, trace)
+    if not (problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(problem)
 
 
 def _complain(problem: object) -> None:

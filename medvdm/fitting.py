@@ -86,8 +86,16 @@ def fit(
     else:
         _check_room(out, config)
         _prepare(out, config, data)
-    _train(out, config, data, layout, progress=progress and first_process())
-    return runs.load(out)
+    state = _train(out, config, data, layout, progress=progress and first_process())
+    return runs.Run(
+        path=out,
+        config=config,
+        record=runs.read_record(out)[0],
+        step=int(state.step),
+        weights="raw",
+        graph=vdm.graph_of(config.model),
+        params=_local(state.params),
+    )
 
 
 def first_process() -> bool:
@@ -182,7 +190,12 @@ def _finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, progress: bool) -> None:
+def _local(tree: Any) -> Any:
+    """A replicated tree as arrays on this process's first device."""
+    return jax.tree.map(lambda a: a.addressable_data(0), tree)
+
+
+def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, progress: bool) -> training.TrainState:
     settings, steps = config.training, config.training.steps
     checkpoint_every = config.keep.every("checkpoint", steps)
     evaluate_every = config.keep.every("evaluate", steps)
@@ -271,6 +284,7 @@ def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, pro
     if first_process():
         runs.write_card(out)
     _barrier("finished")
+    return state
 
 
 class _StepLog:
@@ -334,10 +348,9 @@ class _Look:
         for weights, params in (("raw", state.params), ("ema", state.ema)):
             if params is None:
                 continue
-            here = jax.tree.map(lambda a: a.addressable_data(0), params)  # one device is enough for a look
             found = evaluation.quick(
                 self._graph,
-                here,
+                _local(params),  # one device is enough for a look
                 self._data,
                 self._indices,
                 batch_size=min(32, len(self._indices)),

@@ -7,6 +7,7 @@ which ordinary ``jax.jit`` and ``jax.grad`` take.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -198,6 +199,7 @@ def merge(graph: nnx.GraphDef, params: Params) -> VDM:
     return nnx.merge(graph, nnx.State(params))
 
 
+@functools.cache
 def graph_of(config: VDMConfig) -> nnx.GraphDef:
     """The static graph of a config, without computing any weight."""
     return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]

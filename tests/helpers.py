@@ -1,4 +1,4 @@
-"""What the tests of the command line and of runs on disk share: one small trained run, and what a refusal looks like."""
+"""What tests of the command line and of runs on disk share: one small trained run, and what a refusal looks like."""
 
 from __future__ import annotations
 

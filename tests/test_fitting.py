@@ -113,8 +113,9 @@ def test_sigterm_saves_and_exits_and_the_run_continues_on_fewer_devices(tmp_path
     assert list(after) == list(range(1, 301)) and all(after[k] == before[k] for k in before)
     medvdm.fit(tiny.config(steps=300), tmp_path / "one", progress=False)
     one = losses(tmp_path / "one")
-    # Two devices add up in another order; 300 steps of a tiny network amplify the rounding only a little.
-    np.testing.assert_allclose([after[k] for k in after], [one[k] for k in after], rtol=1e-3, atol=1e-5)
+    # Two devices add up in another order, and 300 large steps amplify the rounding: to 5e-5 when measured, against
+    # 1e-2 between two steps of one run.
+    np.testing.assert_allclose([after[k] for k in after], [one[k] for k in after], rtol=0, atol=5e-4)
 
 
 def test_eight_fake_devices_equal_one(whole: Path, tmp_path: Path) -> None:

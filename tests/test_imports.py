@@ -71,17 +71,16 @@ print(json.dumps([before == after, late]))
 
 def test_using_the_library_changes_no_setting_of_jax(tmp_path: Path) -> None:
     """Nor loads what draws pictures or reads options before it is needed."""
-    code = f"""
-import json, logging, sys, jax
+    code = """
+import json, sys, jax
 before = dict(jax.config.values)
 import medvdm
-handlers = len(logging.root.handlers)
 for name in medvdm.__all__:
     getattr(medvdm, name)
 late = [m for m in ("matplotlib", "skimage", "tyro", "pydicom") if m in sys.modules]
-print(json.dumps([before == dict(jax.config.values), late, len(logging.root.handlers) - handlers]))
+print(json.dumps([before == dict(jax.config.values), late]))
 """
-    assert in_new_process(code, tmp_path) == [True, [], 0]
+    assert in_new_process(code, tmp_path) == [True, []]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,7 +118,7 @@ def test_everything_public_has_a_docstring(module: str) -> None:
             # A dataclass without a docstring of its own is given its signature.
             if not thing.__doc__ or thing.__doc__.startswith(f"{name}("):
                 lacking.append(name)
-        if inspect.isclass(thing):
+        if inspect.isclass(thing) and not getattr(thing, "_is_protocol", False):  # what implements it is documented
             for key, value in vars(thing).items():
                 inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 if not key.startswith("_") and inspect.isfunction(inner) and not inner.__doc__:
