@@ -1,7 +1,9 @@
 """Save and restore the training state with Orbax: in the background, all or nothing.
 
-One checkpoint holds three items, so that evaluation reads the weights without the optimiser: ``params``, ``ema`` (if
-any) and ``opt_state``. The step is the checkpoint's name. Orbax is imported when it is first used.
+One checkpoint holds separate items, so that evaluation reads the weights without the optimiser: ``params``, ``ema``
+(if any) and ``opt_state``. A fourth, ``seal``, is a small JSON with the fingerprint of the run's settings and a
+CRC-32 of each item: a file that was damaged, or moved here from another run, is refused rather than used. The step
+is the checkpoint's name. Orbax is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from medvdm.errors import MedvdmError, RunError
 from medvdm.training import TrainState
@@ -24,12 +28,14 @@ from medvdm.vdm import Params
 class Checkpoints:
     """The checkpoints of one run folder; use it as a context manager, so that it waits for pending writes."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, create: bool = True):
+    def __init__(self, folder: Path, *, settings: str, keep: int = 2, create: bool = True):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
+        for name in ("absl", "asyncio"):  # orbax narrates every file, and every failure before it is raised
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._ocp = ocp
         self.folder = folder.absolute()
+        self._settings = settings
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -49,6 +55,8 @@ class Checkpoints:
         items = {"params": save(state.params), "opt_state": save(state.opt_state)}
         if state.ema is not None:
             items["ema"] = save(state.ema)
+        crc = {name: _crc32(getattr(state, name)) for name in items}
+        items["seal"] = self._ocp.args.JsonSave({"settings": self._settings, "crc32": crc})
         with _plain_errors(self.folder, "saving"):
             self._manager.save(int(state.step), args=self._ocp.args.Composite(**items))
 
@@ -90,11 +98,28 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         restore = self._ocp.args.StandardRestore
-        with _plain_errors(self.folder / str(step), "reading"):
-            found = self._manager.restore(
-                step, args=self._ocp.args.Composite(**{name: restore(like) for name, like in items.items()})
-            )
-            return jax.block_until_ready({name: found[name] for name in items})
+        place = self.folder / str(step)
+        with _plain_errors(place, "reading"):
+            wanted = {name: restore(like) for name, like in items.items()}
+            wanted["seal"] = self._ocp.args.JsonRestore()
+            found = self._manager.restore(step, args=self._ocp.args.Composite(**wanted))
+            seal = found["seal"]
+            arrays = jax.block_until_ready({name: found[name] for name in items})
+            settings, crc = seal["settings"], seal["crc32"]
+        if settings != self._settings:
+            raise RunError(f"{place}: belongs to settings {settings}; expected {self._settings}, those of config.json")
+        for name, tree in arrays.items():
+            if _crc32(tree) != crc.get(name):
+                raise RunError(f"{place}: '{name}' is damaged (its CRC-32 differs); expected it as it was saved")
+        return arrays
+
+
+def _crc32(tree: Any) -> int:
+    """CRC-32 of the bytes of all leaves, in order; arrays are read from this process's first device."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        crc = zlib.crc32(np.ascontiguousarray(leaf.addressable_data(0)).reshape(-1).view(np.uint8), crc)
+    return crc
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -130,8 +131,9 @@ def _parse(kind: type[T], argv: list[str], command: str, default: T | None = Non
         if stop.code in (0, None):
             raise
         words = "".join(c if c.isascii() or c.isalnum() else " " for c in said.getvalue()).split()
-        text = " ".join(w for w in words if set(w) - set("-=+|"))
-        text = text.removeprefix("Parsing error").split(" For full helptext")[0].strip()
+        text = " ".join(w for w in words if set(w) - set("-+|"))
+        text = re.sub(r"^(Parsing error|Value error|Unrecognized options)\s+(Error parsing [\w.-]+: )?", "", text)
+        text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
         raise InputError(f"{text} (see medvdm {command} --help)") from None
 
 

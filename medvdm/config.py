@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import types
 import typing
@@ -133,6 +134,16 @@ def flat(config: RunConfig) -> dict[str, Any]:
     for part in ("data", "model", "training", "keep"):
         out |= dataclasses.asdict(getattr(config, part))
     return out
+
+
+#: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.
+FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A short hash of all settings that define the run's numbers; each checkpoint carries it."""
+    fixed = {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

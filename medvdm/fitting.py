@@ -36,8 +36,6 @@ from medvdm.devices import Layout
 from medvdm.errors import DivergedError, InputError, RunError, StoppedError
 from medvdm.pipeline import training_batches
 
-#: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.
-FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints")
 MAX_LOOK = 256  #: validation images of the looks during training, at most
 
 
@@ -99,6 +97,7 @@ def fit(
 
 
 def first_process() -> bool:
+    """Whether this process is the one that writes the record, the metrics and the progress bar."""
     return jax.process_index() == 0
 
 
@@ -130,7 +129,7 @@ def _check_same(out: Path, config: RunConfig, data: ImageData) -> None:
     record, old = runs.read_record(out)
     before, now = config_.flat(old), config_.flat(config)
     for name, value in now.items():
-        if name not in FREE_ON_RESUME and before[name] != value:
+        if name not in config_.FREE_ON_RESUME and before[name] != value:
             raise RunError(f"{name}: {value}; expected {before[name]}, with which {out} was started (--resume)")
     if record["data"]["fingerprint"] != data.fingerprint():
         raise RunError(f"{data.name}: not the images that {out} was started with (names, labels, splits or pixels)")
@@ -201,7 +200,12 @@ def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, pro
     evaluate_every = config.keep.every("evaluate", steps)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(out / runs.CHECKPOINTS, keep=config.keep.keep_checkpoints, create=True)
+            Checkpoints(
+                out / runs.CHECKPOINTS,
+                settings=config_.fingerprint(config),
+                keep=config.keep.keep_checkpoints,
+                create=True,
+            )
         )
         init = jax.jit(lambda: training.init_state(config.model, settings), out_shardings=layout.replicated)
         if checkpoints.latest() is None:

@@ -190,7 +190,8 @@ def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: vdm.split(vdm.VDM(config.model, rngs=nnx.Rngs(0)))[1])
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-    with Checkpoints(path / CHECKPOINTS, create=False) as checkpoints:
+    settings = config_.fingerprint(config)
+    with Checkpoints(path / CHECKPOINTS, settings=settings, create=False) as checkpoints:
         step, params = checkpoints.restore_weights(like, "ema" if ema else "params", step)
     return Run(
         path=path,
@@ -275,6 +276,7 @@ def evaluate(
     if save:
         (run.path / RESULTS).mkdir(exist_ok=True)
         name = f"{data.name}-{split}-{run.step}-{run.weights}" + ("-null" if null else "")
+        name += "" if same else f"-{data.fingerprint()}"  # other data may bear the same name
         write_json(run.path / RESULTS / f"{name}.json", result)
         write_card(run.path)
     return result

@@ -68,6 +68,8 @@ class TrainConfig:
                 raise InputError(f"{field.name}: {value}; expected a finite number")
             if value < 0:
                 raise InputError(f"{field.name}: {value}; expected 0 or more")
+        if self.seed >= 2**31:
+            raise InputError(f"seed: {self.seed}; expected less than {2**31}")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")

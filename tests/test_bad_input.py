@@ -511,12 +511,20 @@ def test_no_damaged_checkpoint_loads_with_wrong_weights(
 
 
 @abandoned_reads
-@pytest.mark.xfail(reason="Orbax checks sizes and structure of its files, but keeps no checksum of the arrays")
 def test_a_flipped_byte_in_the_weights_is_noticed(run: Path) -> None:
     files = [file for file in (run / "checkpoints" / "12" / "params").rglob("*") if file.is_file()]
     corrupt(max(files, key=lambda file: file.stat().st_size))
     with pytest.raises(RunError):
         whole_state(run)
+
+
+def test_a_checkpoint_of_other_settings_of_the_same_shapes_is_refused(run: Path) -> None:
+    config = run / "config.json"
+    record = json.loads(config.read_text())
+    record["config"]["model"]["gamma_max"] += 1.0
+    config.write_text(json.dumps(record))
+    with pytest.raises(RunError, match="belongs to settings"):
+        medvdm.load(run)
 
 
 @abandoned_reads
