@@ -132,7 +132,7 @@ def _parse(kind: type[T], argv: list[str], command: str, default: T | None = Non
             raise
         words = "".join(c if c.isascii() or c.isalnum() else " " for c in said.getvalue()).split()
         text = " ".join(w for w in words if set(w) - set("-+|"))
-        text = re.sub(r"^(Parsing error|Value error|Unrecognized options)\s+(Error parsing [\w.-]+: )?", "", text)
+        text = re.sub(r"^(Parsing error|Value error|Unrecognized options)\s+(Error parsing \w[\w.-]*: )?", "", text)
         text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
         raise InputError(f"{text} (see medvdm {command} --help)") from None
 
