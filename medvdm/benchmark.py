@@ -24,6 +24,7 @@ from medvdm import data as data_
 from medvdm import pipeline as pipeline_
 from medvdm import runs, training, vdm
 from medvdm.config import RunConfig
+from medvdm.devices import Layout
 from medvdm.errors import InputError
 
 
@@ -173,6 +174,7 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
 
     # The loop as `fit` runs it: batches from the pipeline, metrics read one step late. In turns with ready batches.
     batches = pipeline_.training_batches(images, batch_size=min(t.batch_size, len(train)), seed=0)
+    layout = Layout(1)
     fed: list[float] = []
     ready: list[float] = []
     for i in range(2 * max(repeats // 4, 3)):
@@ -180,7 +182,7 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
         for _ in range(4):
             if i % 2:
                 xs, ys = next(batches)
-                state, metrics = step(state, jnp.asarray(xs), jnp.asarray(ys) if model.classes else None)
+                state, metrics = step(state, layout.put(xs), layout.put(ys) if model.classes else None)
             else:
                 state, metrics = step(state, x, labels)
         jax.block_until_ready(state)
