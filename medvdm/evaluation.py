@@ -27,6 +27,7 @@ from medvdm import baselines as baselines_
 from medvdm import vdm, vlb
 from medvdm.data import ImageData
 from medvdm.errors import InputError
+from medvdm.likelihoods import bernoulli_mean
 from medvdm.pipeline import padded_batches
 
 
@@ -41,7 +42,7 @@ def _bound(
 @partial(jax.jit, static_argnames=("graph",))
 def _reconstruct(params: vdm.Params, x: Array, key: Array, *, graph: nnx.GraphDef) -> Float[Array, "n h w c"]:
     model = vdm.merge(graph, params)
-    return jax.nn.sigmoid(vlb.decode_z0(model, model.encode(x), key))
+    return bernoulli_mean(vlb.decode_z0(model, model.encode(x), key))
 
 
 def bound_terms(

@@ -34,7 +34,7 @@ from medvdm.config import RunConfig
 from medvdm.data import ImageData
 from medvdm.devices import Layout
 from medvdm.errors import DivergedError, InputError, RunError, StoppedError
-from medvdm.pipeline import training_batches
+from medvdm.pipeline import training_batches, training_indices
 
 MAX_LOOK = 256  #: validation images of the looks during training, at most
 
@@ -73,12 +73,8 @@ def fit(
     else:
         config = replace(config, data=replace(config.data, data=data.name))
     config = _fill_in(config, data)
-    train = data.indices("train")
     layout = Layout(config.training.batch_size)
-    if config.training.batch_size > len(train):
-        raise InputError(
-            f"batch_size: {config.training.batch_size}; expected at most {len(train)}, the number of training images"
-        )
+    training_indices(data, config.training.batch_size)  # refuses a batch that is too large
     if resume:
         _check_same(out, config, data)
     else:

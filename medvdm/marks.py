@@ -131,11 +131,16 @@ def check_path(path: str | Path) -> str:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: suffix '{path.suffix}'; {nearest(path.suffix, SUFFIXES)}")
+    _check_place(path)
+    return path.suffix.lower()
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path whose folder is not there, or that is a folder itself."""
     if not path.parent.is_dir():
         raise MissingFileError(f"{path}: the folder {path.parent} is not there; expected an existing one")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a file")
-    return path.suffix.lower()
 
 
 def write_npz(
@@ -249,10 +254,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
         InputError: ``path`` is a folder.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise MissingFileError(f"{path}: the folder {path.parent} is not there; expected an existing one")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a file")
+    _check_place(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

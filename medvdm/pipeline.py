@@ -17,6 +17,14 @@ from medvdm.errors import InputError
 Batch = tuple[np.ndarray, np.ndarray]
 
 
+def training_indices(data: ImageData, batch_size: int) -> np.ndarray:
+    """Positions of the training images; raises InputError if the batch is larger than their number."""
+    indices = data.indices("train")
+    if batch_size > len(indices):
+        raise InputError(f"batch_size: {batch_size}; expected at most {len(indices)}, the number of training images")
+    return indices
+
+
 def training_batches(
     data: ImageData, *, batch_size: int, seed: int, start: int = 0, rows: slice = slice(None), read_ahead: int = 4
 ) -> Iterator[Batch]:
@@ -33,9 +41,7 @@ def training_batches(
     Raises:
         InputError: the batch is larger than the training split.
     """
-    indices = data.indices("train")
-    if batch_size > len(indices):
-        raise InputError(f"batch_size: {batch_size}; expected at most {len(indices)}, the number of training images")
+    indices = training_indices(data, batch_size)
     # A number of epochs that no run reaches: an endless repeat overflows with batches of one image.
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat(2**31).batch(batch_size)
 

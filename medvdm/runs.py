@@ -188,7 +188,7 @@ def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run
     if not (path / CHECKPOINTS).is_dir():
         raise MissingFileError(f"{path / CHECKPOINTS}: not found; expected at least one checkpoint")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: vdm.split(vdm.VDM(config.model, rngs=nnx.Rngs(0)))[1])
+    shapes = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     settings = config_.fingerprint(config)
     with Checkpoints(path / CHECKPOINTS, settings=settings, create=False) as checkpoints:
@@ -288,7 +288,8 @@ def write_card(path: Path) -> None:
     steps = read_lines(path / METRICS)
     last = steps[-1] if steps else None
     results = [read_json(p) for p in sorted((path / RESULTS).glob("*.json"))]
-    text = marks.model_card(
+    marks.write_card(
+        path / CARD,
         {
             **record,
             "training": {
@@ -297,9 +298,8 @@ def write_card(path: Path) -> None:
                 "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
             },
             "evaluations": results,
-        }
+        },
     )
-    write_text(path / CARD, text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from medvdm import gaussian, vdm
 from medvdm.errors import InputError
+from medvdm.likelihoods import bernoulli_mean
 from medvdm.vlb import Diffusion
 
 MAX_STEPS = 1_000_000
@@ -248,5 +249,5 @@ def _generate(
     )
     times = (first - _segment_ends(first, num_states)[1:]) / steps  # the last is exactly 0
     scale = gaussian.alpha(model.gamma(times))[:, None, None]
-    states = jax.lax.map(lambda latent: jax.nn.sigmoid(model.decode(latent)), latents / scale)
+    states = jax.lax.map(lambda latent: bernoulli_mean(model.decode(latent)), latents / scale)
     return latents, states, times

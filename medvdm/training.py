@@ -117,7 +117,7 @@ def optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
     """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
-    params = vdm.split(vdm.VDM(model, rngs=vdm.nnx.Rngs(config.seed)))[1]
+    params = vdm.new_params(model, config.seed)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimiser(config).init(params), ema)
 

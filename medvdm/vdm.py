@@ -205,9 +205,14 @@ def graph_of(config: VDMConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
 
 
+def new_params(config: VDMConfig, seed: int) -> Params:
+    """Initial parameters; pure, to be traced by a caller's jit or eval_shape."""
+    return split(VDM(config, rngs=nnx.Rngs(seed)))[1]
+
+
 def init(config: VDMConfig, seed: int) -> Params:
-    """Initial parameters; jitted, so the same on one device and on many."""
-    return jax.jit(lambda: split(VDM(config, rngs=nnx.Rngs(seed)))[1])()
+    """:func:`new_params`, compiled and computed."""
+    return jax.jit(lambda: new_params(config, seed))()
 
 
 def count(params: Params) -> int:

@@ -1,6 +1,7 @@
 """Shared by all tests: shapes and types of the mathematical modules are checked at run time."""
 
 import os
+import shutil
 from pathlib import Path
 
 import jaxtyping
@@ -68,3 +69,17 @@ def small():
     shapes = jax.eval_shape(lambda: vdm.init(config, 0))  # no compilation: any weights will do
     params = jax.tree.map(lambda p: jnp.asarray(0.4 * rng.standard_normal(p.shape), p.dtype), shapes)
     return config, vdm.graph_of(config), params
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run that ``medvdm train`` left, made once a session. Tests that write take ``run``."""
+    import helpers
+
+    return helpers.train(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run, to write into or to damage."""
+    return Path(shutil.copytree(trained.path, tmp_path / "run"))

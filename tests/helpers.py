@@ -24,16 +24,9 @@ class Trained(NamedTuple):
     process: subprocess.CompletedProcess[str]
 
 
-_trained: list[Trained] = []
-
-
-def trained_run(factory: pytest.TempPathFactory) -> Trained:
-    """``medvdm train`` in a process of its own, once a session, without --data. Tests that write take a copy."""
-    if not _trained:
-        out = factory.mktemp("trained") / "run"
-        process = tiny.medvdm_command("train", "--preset", "demo", "--out", out, *tiny.options(**KEEP))
-        _trained.append(Trained(out, process))
-    return _trained[0]
+def train(out: Path) -> Trained:
+    """``medvdm train`` in a process of its own, without --data."""
+    return Trained(out, tiny.medvdm_command("train", "--preset", "demo", "--out", out, *tiny.options(**KEEP)))
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from helpers import Trained, assert_refused, refused, trained_run, tree
+from helpers import Trained, assert_refused, refused, tree
 from PIL import Image
 
 import medvdm
@@ -30,17 +30,6 @@ from medvdm.errors import MissingFileError, RunError
 
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(trained: Trained, tmp_path: Path) -> Path:
-    """A copy of a trained run, to damage."""
-    return Path(shutil.copytree(trained.path, tmp_path / "run"))
 
 
 # Settings

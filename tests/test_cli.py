@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from helpers import STEPS, Trained, refused, said, trained_run, tree
+from helpers import STEPS, Trained, refused, said, tree
 
 import medvdm
 from medvdm import config as config_
@@ -32,17 +31,6 @@ CONTRACT_KEYS = {
     "metrics": "step seconds steps_per_second reconstruction_bpd diffusion_bpd latent_bpd vlb_bpd".split(),
 }
 FROM_DATA = {"image_shape", "classes"}  # settings of the model that no option sets
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(trained: Trained, tmp_path: Path) -> Path:
-    """A copy of the run, to write into."""
-    return Path(shutil.copytree(trained.path, tmp_path / "run"))
 
 
 # The whole job in processes of their own

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import STEPS, trained_run, tree
+from helpers import STEPS, tree
 
 import medvdm
 from medvdm import baselines, evaluation, runs, vdm
@@ -315,9 +314,9 @@ def test_data_that_do_not_fit_the_model_are_refused(small: tuple[Any, Any]) -> N
 
 
 @pytest.fixture
-def path(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
-    """A copy of a trained run, to write into."""
-    return Path(shutil.copytree(trained_run(tmp_path_factory).path, tmp_path / "run"))
+def path(run: Path) -> Path:
+    """The folder of the copied run; ``run`` is what the tests below load from it."""
+    return run
 
 
 def other_images(class_names: list[str], n: int = 6) -> ImageData:
