@@ -125,7 +125,8 @@ class Run:
         record: the content of ``config.json``.
         step: training steps behind these weights.
         weights: 'raw', or 'ema' for the moving average.
-        graph, params: the model in the form of :func:`medvdm.vdm.split`.
+        graph: the model's static description, see :func:`medvdm.vdm.split`.
+        params: its weights, a nested dict of arrays.
     """
 
     path: Path
@@ -239,7 +240,7 @@ def evaluate(
         data: the images; the run's own data if None.
         split: 'train', 'val', 'test' or 'all'.
         null: evaluate a conditional model without the labels.
-        draws, batch_size, seed: see there.
+        draws, batch_size, seed: as in :func:`medvdm.evaluation.evaluate_weights`.
         save: also write the result into the run's folder and renew its model card.
     """
     own = data is None
@@ -352,7 +353,7 @@ def sample(
         num: how many.
         steps: T of the ancestral chain.
         label: name of a class; None draws from the trained null (or an unconditional model).
-        guidance: w in (1 + w) cond - w null; needs a label.
+        guidance: w in eps_hat = (1 + w) eps_hat(label) - w eps_hat(null); needs a label.
         seed: sample i of a seed is always the same.
         z, first, num_states: see :func:`medvdm.sampling.generate`.
 

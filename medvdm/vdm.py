@@ -77,7 +77,7 @@ class VDMConfig:
 
     @property
     def dimensions(self) -> int:
-        """Number of pixels times channels: what a bit per dimension is divided by."""
+        """Number of pixels times channels, by which bits per image are divided to give bits per dimension."""
         return math.prod(self.image_shape)
 
 

@@ -72,7 +72,7 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> Float[Array, "*n"]:
-        """The negative bound itself: reconstruction + prior + diffusion."""
+        """The negative bound itself, reconstruction + prior + diffusion."""
         return self.reconstruction + self.prior + self.diffusion
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from medvdm import data
 from medvdm.data import DataConfig, medmnist
-from medvdm.errors import InputError
+from medvdm.errors import InputError, MissingFileError
 
 
 def refused(*words, **settings):
@@ -82,3 +82,22 @@ def test_importing_is_cheap():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
+
+
+def test_at_hand_are_phantoms_unless_a_folder_is_named(monkeypatch):
+    monkeypatch.delenv("MEDVDM_DATA_DIR", raising=False)
+    images = data.at_hand(image_size=16, num_images=20)
+    assert images.name == "phantom" and len(images) == 20 and images.image_shape == (16, 16, 1)
+
+
+def test_at_hand_are_real_where_a_folder_is_named(real_data, monkeypatch):
+    for folder in (real_data, real_data / "nih-chestxray8-256"):
+        monkeypatch.setenv("MEDVDM_DATA_DIR", str(folder))
+        images = data.at_hand(image_size=16)
+        assert images.name == "nih" and images.image_shape == (16, 16, 1)
+
+
+def test_at_hand_says_which_folder_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDVDM_DATA_DIR", str(tmp_path))
+    with pytest.raises(MissingFileError, match=str(tmp_path)):
+        data.at_hand()

@@ -111,6 +111,12 @@ def test_chunks_and_threads_do_not_change_values(monkeypatch: pytest.MonkeyPatch
         (lambda: render(np.arange(2), seed=-1), "seed: -1; expected 0 or more"),
         (lambda: render(np.array([3, -2])), "indices: -2; expected 0 or more"),
         (lambda: render(np.zeros((2, 2), int)), r"indices: shape \(2, 2\); expected one dimension"),
+        (lambda: render(np.arange(2), changes={"exposur": 1}), "changes: 'exposur'; did you mean 'exposure'"),
+        (
+            lambda: render(np.arange(2), changes={"exposure": [1.0]}),
+            r"changes: exposure of shape \(1,\); expected \(2,\)",
+        ),
+        (lambda: render(np.arange(2), changes={"patient": [0, 1]}), "changes: 'patient'"),
         (lambda: load(num_images=0), "num_images: 0; expected 1 or more"),
         (lambda: load(image_size=4), "image_size: 4; expected 8 to 1024"),
         (lambda: load(seed=-3), "seed: -3; expected 0 or more"),
@@ -313,11 +319,9 @@ def test_pneumonia_is_brighter_than_the_mirrored_place(many) -> None:
 
 def test_opacities_brighten_their_place_and_nothing_else() -> None:
     indices = np.arange(80)
-    f, generators = phantom._draw_factors(indices, 6)
-    ill = phantom._render_chunk(f, generators, 64)
-    _, generators = phantom._draw_factors(indices, 6)
-    healthy = phantom._render_chunk(dataclasses.replace(f, opacity_strength=0 * f.opacity_strength), generators, 64)
-    difference = ill - healthy
+    ill, f = render(indices, seed=6)
+    healthy, _ = render(indices, seed=6, changes={"opacity_strength": 0 * f.opacity_strength})
+    difference = (ill - healthy)[..., 0]
     assert (difference[f.label == 0] == 0).all()
     assert (difference[f.label == 1].max(axis=(1, 2)) > 0.05).all()
     x, y = grid(64)
@@ -329,12 +333,10 @@ def test_opacities_brighten_their_place_and_nothing_else() -> None:
 
 
 def test_exposure_and_noise_do_what_they_say() -> None:
-    f, generators = phantom._draw_factors(np.arange(20), 8)
-    plain = phantom._render_chunk(f, generators, 64)
-    changed = {}
+    plain, f = render(np.arange(20), seed=8)
+    plain, changed = plain[..., 0], {}
     for name, value in {"exposure": f.exposure * 1.2, "noise": 0 * f.noise, "softness": 0 * f.softness + 1}.items():
-        _, generators = phantom._draw_factors(np.arange(20), 8)
-        changed[name] = phantom._render_chunk(dataclasses.replace(f, **{name: value}), generators, 64)
+        changed[name] = render(np.arange(20), seed=8, changes={name: value})[0][..., 0]
     assert (changed["exposure"].mean(axis=(1, 2)) > plain.mean(axis=(1, 2)) + 0.005).all()
     noise = plain - changed["noise"]
     grey = (changed["noise"] > 0.35) & (changed["noise"] < 0.65)

@@ -406,3 +406,16 @@ def test_pyplot_is_not_used_and_only_plotting_needs_matplotlib() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_subplots_have_lines_that_differ_without_colour() -> None:
+    figure, axes = plotting.subplots(1, 2, height=2.0, sharey=True)
+    lines = [axes[0].plot([0, 1], [k, k])[0] for k in range(4)]
+    assert len({line.get_linestyle() if line.is_dashed() is False else str(line._dash_pattern) for line in lines}) == 4
+    assert [line.get_color() for line in lines] == list(plotting.COLOURS[:4])
+    assert tuple(figure.get_size_inches()) == (8.0, 2.0) and figure._repr_png_().startswith(b"\x89PNG")
+    one = plotting.subplots()[1]
+    one.plot([0, 1], label="line")
+    one.set(title="Set later")
+    assert not one.spines["top"].get_visible() and not one.legend().get_frame_on()
+    assert one.get_title(loc="left") == "Set later" and one._left_title.get_fontweight() == "bold"

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ __all__ = [
     "DataConfig",
     "ImageData",
     "as_unit_float",
+    "at_hand",
     "from_arrays",
     "index_of",
     "load",
@@ -33,13 +35,13 @@ class DataConfig:
     """Which images, and how they are brought to one size."""
 
     data: str = "phantom"
-    """Source of the images: phantom (generated), nih, folder, or a 2-D set of MedMNIST such as pneumoniamnist."""
+    """Source of the images, which is phantom (generated), nih, folder, or a 2-D MedMNIST such as pneumoniamnist."""
     data_dir: str | None = None
     """Folder with the images (nih, folder), or folder or .npz file of MedMNIST, which is downloaded otherwise."""
     image_size: int | None = None
     """Height and width in pixels that the images are brought to; by default the size that the source has."""
     fit: Literal["pad", "crop", "stretch"] = "pad"
-    """With image_size, for images that are not square: black bars, the centre square, or a changed aspect."""
+    """What image_size does to images that are not square (black bars, the centre square, or a changed aspect)."""
     num_images: int = 2800
     """Number of images (phantom only)."""
     data_seed: int = 0
@@ -65,6 +67,26 @@ def load(config: DataConfig) -> ImageData:
         raise InputError(f"data: '{config.data}'; {nearest(config.data, loaders)}")
     _check(config)
     return loaders[config.data](config)
+
+
+def at_hand(*, image_size: int = 64, num_images: int = 2800) -> ImageData:
+    """Chest X-rays to look at without a download: real ones if there are any here, else phantoms.
+
+    Real ones are NIH images in the folder that the environment variable MEDVDM_DATA_DIR names, or in its sub-folder
+    ``nih-chestxray8-256``.
+
+    Args:
+        image_size: height and width in pixels.
+        num_images: number of phantoms; of real images, all are taken.
+
+    Raises:
+        MissingFileError, DataError: MEDVDM_DATA_DIR is set and holds no NIH images, see :mod:`medvdm.data.nih`.
+    """
+    folder = os.environ.get("MEDVDM_DATA_DIR")
+    if not folder:
+        return load(DataConfig(image_size=image_size, num_images=num_images))
+    inside = os.path.join(folder, "nih-chestxray8-256")
+    return load(DataConfig(data="nih", data_dir=inside if os.path.isdir(inside) else folder, image_size=image_size))
 
 
 def _check(config: DataConfig) -> None:

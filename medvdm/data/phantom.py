@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from medvdm.data.base import ImageData, split_of_patient
-from medvdm.errors import InputError, InputTypeError
+from medvdm.errors import InputError, InputTypeError, nearest
 
 CLASS_NAMES = ("No Finding", "Pneumonia")
 
@@ -65,16 +65,20 @@ class PhantomFactors:
         inspiration: (n,) lung height at this visit / ``lung_height``.
         tilt: (n,) radians, clockwise.
         zoom: (n,) magnification; below 1 shows more of the body.
-        shift_x, shift_y: (n,) displacement of the body to the right and down.
+        shift_x: (n,) displacement of the body to the right.
+        shift_y: (n,) displacement of the body down.
         exposure: (n,) gain of the film curve, about 1; higher is brighter.
-        black, white: (n,) grey levels of no and of endless attenuation.
+        black: (n,) grey level of no attenuation.
+        white: (n,) grey level of endless attenuation.
         tone: (n,) bend of the grey scale, -0.35 (darker mid-tones) to 0.5 (brighter).
         softness: (n,) 0 (sharp) to 1 (blurred with a standard deviation of 0.008).
         noise: (n,) standard deviation of the noise a pixel at mid-grey, in grey levels of [0, 1], at every size.
         collimation: (n, 4) width of the dark border on the left, right, top and bottom; 0 where there is none.
         stomach_gas: (n,) radius of the stomach bubble, 0 where there is none.
         num_opacities: (n,) int, 0 for 'No Finding', else 1 to 3; so many columns of the following are used.
-        opacity_x, opacity_y, opacity_radius: (n, 3) centre and radius in the image, 0 where unused.
+        opacity_x: (n, 3) centre in the image, across, 0 where unused.
+        opacity_y: (n, 3) centre in the image, down, 0 where unused.
+        opacity_radius: (n, 3) radius in the image, 0 where unused.
         opacity_strength: (n, 3) share of the lung's air that is filled at the centre, 0 where unused.
     """
 
@@ -119,13 +123,16 @@ class PhantomFactors:
         return PhantomFactors(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-def render(indices: np.ndarray, *, size: int = 64, seed: int = 0) -> tuple[np.ndarray, PhantomFactors]:
+def render(
+    indices: np.ndarray, *, size: int = 64, seed: int = 0, changes: Mapping[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, PhantomFactors]:
     """Draw the images with these indices.
 
     Args:
         indices: (n,) integers of 0 or more; 2 p and 2 p + 1 are the two visits of patient p.
         size: pixels a side, 8 to 1024.
         seed: 0 or more; another seed is another set of patients.
+        changes: factors to replace, by name, one value an image; all others and the noise stay as they are.
 
     Returns:
         float32 of shape (n, size, size, 1) in [0, 1], and the factors. An image depends on (seed, index, size)
@@ -133,7 +140,7 @@ def render(indices: np.ndarray, *, size: int = 64, seed: int = 0) -> tuple[np.nd
 
     Raises:
         InputTypeError: indices that are not integers.
-        InputError: a negative index or seed; a size outside 8 to 1024.
+        InputError: a negative index or seed; a size outside 8 to 1024; an unknown factor, or not a value an image.
     """
     _check_size(size, "size")
     _check_seed(seed)
@@ -147,6 +154,7 @@ def render(indices: np.ndarray, *, size: int = 64, seed: int = 0) -> tuple[np.nd
     indices = indices.astype(np.int64)
     images = np.empty((len(indices), size, size, 1), np.float32)
     factors, generators = _draw_factors(indices, seed)
+    factors = _changed(factors, changes or {})
     step = max(1, _CHUNK_PIXELS // size**2)
 
     def draw(start: int) -> None:
@@ -161,6 +169,20 @@ def render(indices: np.ndarray, *, size: int = 64, seed: int = 0) -> tuple[np.nd
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(draw, starts))  # list(): an exception in a thread is raised here
     return images, factors
+
+
+def _changed(factors: PhantomFactors, changes: Mapping[str, np.ndarray]) -> PhantomFactors:
+    """With some columns replaced; raises InputError for an unknown name or another shape."""
+    known = [f.name for f in fields(PhantomFactors) if f.name not in ("patient", "index")]
+    columns = {}
+    for name, values in changes.items():
+        if name not in known:
+            raise InputError(f"changes: '{name}'; {nearest(name, known)}")
+        old = getattr(factors, name)
+        columns[name] = np.asarray(values).astype(old.dtype)
+        if columns[name].shape != old.shape:
+            raise InputError(f"changes: {name} of shape {columns[name].shape}; expected {old.shape}")
+    return replace(factors, **columns)
 
 
 def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0) -> ImageData:
