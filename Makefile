@@ -1,21 +1,28 @@
-# `make help` says what there is. Settings: PYTHON (3.11 or newer), VENV (where the environment goes).
+# `make help` says what there is. Settings: PYTHON (3.11 or newer), VENV (where the environment goes), NAMES (chapters).
 PYTHON ?= python3
 VENV   ?= .venv
+NAMES  ?=
 
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO := runs/demo
+HTML := _build/html
+
+# A cell that takes longer than this on two cores fails; chapters run two at a time.
+NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=book/_tools/nbval.cfg --nbval-cell-timeout=300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint book notebooks clean
 
 help:
-	@echo "make demo    set up $(VENV), then train, evaluate and sample on the embedded phantom (no download of data)"
-	@echo "make test    set up $(VENV), then check the style and run all tests with coverage"
-	@echo "make setup   set up $(VENV) only, with what the tests need"
-	@echo "make lint    check the style only"
-	@echo "make clean   remove $(VENV), $(DEMO) and everything that was built; other runs stay"
+	@echo "make demo       set up $(VENV), then train, evaluate and sample on the embedded phantom (no download of data)"
+	@echo "make test       set up $(VENV), then check the style, run all tests and all chapters, and check the built book"
+	@echo "make book       set up $(VENV), then build the book's pages and check them"
+	@echo "make notebooks  execute the chapters anew and store their outputs; some of them with NAMES='forward bound'"
+	@echo "make setup      set up $(VENV) only, with what the tests and the book need"
+	@echo "make lint       check the style only"
+	@echo "make clean      remove $(VENV), $(DEMO) and everything that was built; other runs stay"
 	@echo "Settings: make demo PYTHON=python3.12 VENV=/somewhere/else"
 
 $(BIN)/python:
@@ -30,12 +37,12 @@ $(VENV)/.stamp: pyproject.toml .ci/constraints.txt | $(BIN)/python
 	@$(PIP) install --constraint .ci/constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.stamp-test: pyproject.toml .ci/constraints.txt | $(BIN)/python
-	@echo "Installing medvdm and what its tests need in $(VENV), in the tested versions (the first time takes minutes)"
-	@$(PIP) install --constraint .ci/constraints.txt --editable '.[test]'
+$(VENV)/.stamp-dev: pyproject.toml .ci/constraints.txt | $(BIN)/python
+	@echo "Installing medvdm and what its tests and book need in $(VENV), in the tested versions (the first time takes minutes)"
+	@$(PIP) install --constraint .ci/constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.stamp $@
 
-setup: $(VENV)/.stamp-test
+setup: $(VENV)/.stamp-dev
 	@echo "Ready: $(BIN)/medvdm"
 
 demo: $(VENV)/.stamp
@@ -48,15 +55,28 @@ demo: $(VENV)/.stamp
 	@$(BIN)/medvdm evaluate $(DEMO) --split test
 	@echo "Picture of the synthetic X-rays: $(DEMO)/samples.png"
 
-lint: $(VENV)/.stamp-test
+lint: $(VENV)/.stamp-dev
 	@echo "Checking the style"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || \
 	    { echo "error: these files are not formatted:" >&2; $(BIN)/ruff format --check . >&2; exit 1; }
 
 test: lint
-	@echo "Testing"
-	@$(BIN)/python -m pytest --cov=medvdm --cov-fail-under=95
+	@echo "1/2 Testing the library and the built book, two tests at a time"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=medvdm --cov-fail-under=95
+	@echo "2/2 Running all chapters and comparing their outputs, two at a time"
+	@env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) book
+
+book: $(VENV)/.stamp-dev
+	@rm -rf _build
+	@echo "Building the book from its stored outputs"
+	@$(BIN)/jupyter-book build . -W -n --keep-going -q
+	@$(BIN)/python book/_tools/check_html.py $(HTML)
+	@echo "The book: $(HTML)/index.html"
+
+notebooks: $(VENV)/.stamp-dev
+	@echo "Executing chapters (all of them take minutes)"
+	@$(BIN)/python book/_tools/notebooks.py run $(NAMES)
 
 clean:
 	@rm -rf $(VENV) $(DEMO) build dist htmlcov _build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
