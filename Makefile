@@ -11,6 +11,9 @@ HTML := _build/html
 # A cell that takes longer than this on two cores fails; chapters run two at a time.
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=book/_tools/nbval.cfg --nbval-cell-timeout=300
 
+# Chapters that train the same model share what was compiled for it.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint book notebooks clean
@@ -65,7 +68,7 @@ test: lint
 	@echo "1/2 Testing the library and the built book, two tests at a time"
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=medvdm --cov-fail-under=95
 	@echo "2/2 Running all chapters and comparing their outputs, two at a time"
-	@env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) book
+	@env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(CACHE) $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) book
 
 book: $(VENV)/.stamp-dev
 	@rm -rf _build

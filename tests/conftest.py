@@ -14,6 +14,8 @@ jaxtyping.install_import_hook([f"medvdm.{name}" for name in CHECKED], "beartype.
 # Compiling takes most of the time of a small run. Compiled code is kept beside pytest's own cache, also for the
 # processes that tests start, and also for the next test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+# Tests compute little, so LLVM's optimiser costs more than it saves. The chapters run with it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
