@@ -23,7 +23,7 @@ THEME_NOISE = ("Got invalid theme mode", "THEBE_JS_URL", "favicon.ico")  # of th
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def html(tmp_path_factory) -> Path:
     """The book, built in a new folder, so that nothing old can help."""
     out = tmp_path_factory.mktemp("book")
@@ -36,7 +36,7 @@ def html(tmp_path_factory) -> Path:
     return out / "_build" / "html"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(html):
     """The address of the pages on a loopback server."""
 
@@ -50,7 +50,7 @@ def site(html):
     server.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:

@@ -71,9 +71,7 @@ def _soup(page: Path) -> BeautifulSoup:
 
 @cache
 def _anchors(page: Path) -> frozenset[str]:
-    return frozenset(tag.get("id") or tag.get("name") for tag in _soup(page).find_all(id=True)) | frozenset(
-        tag["name"] for tag in _soup(page).find_all("a", attrs={"name": True})
-    )
+    return frozenset(re.findall(r'\s(?:id|name)="([^"]+)"', page.read_text("utf8")))
 
 
 if __name__ == "__main__":
