@@ -111,7 +111,7 @@ def edit(path, old, new):
 def test_running_twice_gives_the_same_bytes(chapter):
     before = (chapter / "book" / "one.ipynb").read_bytes()
     nb = nbformat.read(chapter / "book" / "one.ipynb", 4)
-    notebooks.write(nb, "one", ["medvdm.errors"])
+    notebooks.write(nb, "one", notebooks.belongings(nb, ["medvdm.errors"]))
     assert (chapter / "book" / "one.ipynb").read_bytes() == before
 
 

@@ -77,6 +77,11 @@ def record_hashes(nb: Any) -> dict[str, str]:
     return {name: _hash((BOOK / name).read_bytes()) if (BOOK / name).is_file() else "" for name in names}
 
 
+def belongings(nb: Any, modules: list[str]) -> dict[str, Any]:
+    """All three, as the notebook stores them."""
+    return {"code": code_hash(nb), "library": library_hashes(modules), "records": record_hashes(nb)}
+
+
 def bare_code(source: str) -> str:
     """Python source without comments, docstrings and empty lines: the same text on every version of Python."""
     lines = source.splitlines()
@@ -161,7 +166,9 @@ def run(path: Path) -> float:
         client.execute_cell(probe, len(nb.cells) - 1)
         nb.cells.pop()
     modules = probe.outputs[0].text.split() if probe.outputs else []
-    write(nb, path.stem, modules)
+    for number, cell in enumerate((c for c in nb.cells if c.cell_type == "code"), 1):
+        cell.outputs = _clean(cell.outputs, number)  # once: to reduce a picture's colours again would change it
+    write(nb, path.stem, belongings(nb, modules))
     return seconds
 
 
@@ -179,14 +186,11 @@ def prose(path: Path) -> None:
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = outputs.pop(0)
-    write(nb, path.stem, [])
-    kept = nbformat.read(stored, 4)
-    kept.metadata["medvdm"] = old.metadata["medvdm"]  # what the outputs belong to is what it was
-    nbformat.write(kept, stored)
+    write(nb, path.stem, old.metadata["medvdm"])  # what the outputs belong to is what it was
 
 
-def write(nb: Any, name: str, modules: list[str]) -> None:
-    """Write the notebook in a form that depends on nothing but its content."""
+def write(nb: Any, name: str, belongs_to: dict[str, Any]) -> None:
+    """Write the notebook, and what its outputs belong to, in a form that depends on nothing but its content."""
     count, seen = 0, {}
     for cell in nb.cells:
         cell["id"] = _cell_id(name, cell, seen)
@@ -194,16 +198,11 @@ def write(nb: Any, name: str, modules: list[str]) -> None:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
-            cell.outputs = _clean(cell.outputs, count)
     nb.metadata = nbformat.from_dict(
         {
             "kernelspec": KERNEL,
             "language_info": {"name": "python"},
-            "medvdm": {
-                "code": code_hash(nb),
-                "library": library_hashes(modules),
-                "records": record_hashes(nb),
-            },
+            "medvdm": belongs_to,
         }
     )
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -230,7 +229,8 @@ def _clean(outputs: list[Any], count: int) -> list[Any]:
         if "execution_count" in output:
             output.execution_count = count
         data = output.get("data", {})
-        output.pop("metadata", None) if output.output_type == "stream" else output.update(metadata={})
+        if "metadata" in output:
+            output.metadata = {}
         if "image/png" in data:
             data["image/png"] = _small_png(data["image/png"])
             data.pop("text/plain", None)

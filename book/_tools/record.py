@@ -9,7 +9,6 @@ A record holds the one command that repeats the run, its whole configuration, wh
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import shlex
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medvdm import config as config_
+from medvdm import runs
 from medvdm.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +44,9 @@ def command(config: RunConfig) -> str:
 
 def make(run: Path, name: str, commit: str) -> dict[str, Any]:
     """The record of the run in a folder."""
-    start = json.loads((run / "config.json").read_text("utf8"))
-    config = config_.from_json(start["config"], where=str(run / "config.json"))
-    steps = _lines(run / "metrics.jsonl")
-    evaluations = [json.loads(path.read_text("utf8")) for path in sorted((run / "results").glob("*.json"))]
-    without_path = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=None))
+    start, config = runs.read_record(run)
+    steps = runs.read_lines(run / runs.METRICS)
+    evaluations = [runs.read_json(path) for path in sorted((run / runs.RESULTS).glob("*.json"))]
     return {
         "name": name,
         "command": command(config),
@@ -57,16 +55,12 @@ def make(run: Path, name: str, commit: str) -> dict[str, Any]:
         "environment": start["environment"],
         "seed": config.training.seed,
         "seconds": round(sum(1 / line["steps_per_second"] for line in steps)),
-        "config": dataclasses.asdict(without_path),
+        "config": config_.to_json(config_.change(config, data_dir=None)),
         "data": start["data"],
         "metrics": _binned(steps),
-        "validation": _lines(run / "evaluations.jsonl"),
+        "validation": runs.read_lines(run / runs.EVALUATIONS),
         "evaluations": sorted(({**e, "run": name} for e in evaluations), key=lambda e: (e["split"], e["step"])),
     }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf8").splitlines()]
 
 
 def _binned(steps: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -92,7 +86,7 @@ def main(arguments: list[str]) -> int:
         ).stdout.strip()
     )
     path = RESULTS / f"{options.name}.json"
-    path.write_text(json.dumps(make(options.run, options.name, commit), indent=1) + "\n", "utf8")
+    runs.write_text(path, json.dumps(make(options.run, options.name, commit), indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size:,} bytes")
     return 0
 
