@@ -150,7 +150,7 @@ def phantom_curve(config: RunConfig) -> dict[str, Any]:
     config = config_.change(config, **PHANTOM, batch_size=min(config.training.batch_size, 8))
     images = data_.load(config.data)
     config = fitting.fill_in(config, images)
-    state = fitting.first_state(config, Layout(1))
+    state = fitting.first_state(config, images, Layout(1))
     step = training.jit_step(config.model, config.training)
     batches = pipeline.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
     losses = []
