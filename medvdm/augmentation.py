@@ -42,7 +42,7 @@ def augment(
     n, h, w, _ = x.shape
     key_shift, key_size, key_side, key_exposure = jax.random.split(key, 4)
     if shift or size:
-        shifts = shift * jax.random.normal(key_shift, (n, 2)) * jnp.array([h, w], jnp.float32)
+        shifts = shift * jax.random.normal(key_shift, (n, 2)) * jnp.array([[h, w]], jnp.float32)
         sizes = jnp.exp(size * (jax.random.normal(key_size, (n, 1)) + 0.5 * jax.random.normal(key_side, (n, 2))))
         x = jax.vmap(resample)(x, sizes[:, 0], shifts[:, 0])
         x = jnp.swapaxes(jax.vmap(resample)(jnp.swapaxes(x, 1, 2), sizes[:, 1], shifts[:, 1]), 1, 2)

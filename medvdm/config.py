@@ -99,13 +99,13 @@ def _presets() -> dict[str, RunConfig]:
                 gamma_max=11.0,  # the largest component has a variance of hundreds, and z_1 should still be noise
                 latent=192,
                 decoder_width=64,
-                decoder_layers=3,
+                decoder_layers=2,
                 score_layers=2,
                 inner_width=256,
             ),
             training=TrainConfig(
-                steps=600,
-                batch_size=16,
+                steps=800,
+                batch_size=8,
                 learning_rate=1e-3,
                 warmup_steps=50,
                 augment_shift=0.03,

@@ -123,7 +123,10 @@ class LinearDecoder(nnx.Module):
 
 def _clip(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """Smoothly positive: p for p well above :data:`CLIP`, half of it at 0."""
-    return 0.5 * (p + jnp.sqrt(p * p + CLIP**2))
+    root = jnp.sqrt(p * p + CLIP**2)
+    return 0.5 * jnp.where(
+        p > 0, p + root, CLIP**2 / (root + jnp.abs(p))
+    )  # the same twice; below 0 digits would cancel
 
 
 class LinearScore(nnx.Module):
