@@ -51,7 +51,7 @@ def test_before_training_the_rate_is_that_of_the_closed_form(start, model):
 
     draws = np.asarray([estimate(key) for key in jax.random.split(jax.random.key(0), 200)])
     assert abs(draws.mean() - rate) < 4 * draws.std(ddof=1) / np.sqrt(200)
-    assert draws.std() / np.sqrt(200) < 0.02 * rate  # the test could fail
+    assert draws.std() / np.sqrt(200) < 0.03 * rate  # the test could fail
 
 
 def test_before_training_the_noise_prediction_is_the_exact_denoiser(start, model):
