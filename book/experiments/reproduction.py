@@ -20,18 +20,19 @@ Four questions, a table each:
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial.distance import cdist
-
 from medvdm import config as config_
 from medvdm import evaluation, gaussian, likelihoods, plotting, runs, sampling, vdm
+from scipy.spatial.distance import cdist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record
@@ -39,8 +40,8 @@ import record
 NAME = "reproduction"
 CONFIG = config_.preset("paper", batch_size=16, steps=3000)
 SEED = 0
-DRAWS = 8  # of time and noise an image, for the bound
-CHAINS, STEPS = 256, 250  # for each start
+DRAWS = 4  # of time and noise an image, for the bound
+CHAINS, STEPS = 192, 250  # for each start
 MANY_CHAINS, MANY_STEPS = 64, (50, 250, 1_000, 20_000)  # of the first run
 
 
@@ -55,18 +56,37 @@ def say(*words: Any) -> None:
     print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
+def by_parts(function: Callable[[np.ndarray, int], Any], x: np.ndarray, size: int = 32) -> np.ndarray:
+    """``function(part, number)`` of parts of x, joined. All parts have one shape, so it is compiled once."""
+    out = []
+    for number, start in enumerate(range(0, len(x), size)):
+        part = x[np.minimum(np.arange(start, start + size), len(x) - 1)]
+        out.append(np.asarray(function(part, number))[: len(x) - start])
+    return np.concatenate(out)
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers and arrays as Python's, for JSON."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
 # --- The bound ------------------------------------------------------------------------------------------------------
 
 
 def bound(run: runs.Run, x: np.ndarray) -> np.ndarray:
     """(3, n): reconstruction, diffusion and prior of each image in bits per dimension, means over draws."""
-    parts = []
-    for number, start in enumerate(range(0, len(x), 32)):
-        rows = np.minimum(np.arange(start, start + 32), len(x) - 1)  # one shape: one compilation
+
+    def terms(part: np.ndarray, number: int) -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(SEED), number)
-        terms = evaluation.bound_terms(run.graph, run.params, x[rows], None, draws=DRAWS, key=key).mean(0)
-        parts.append(terms[:, : min(32, len(x) - start)])
-    return np.concatenate(parts, axis=1) / (np.log(2) * run.config.model.dimensions)
+        return evaluation.bound_terms(run.graph, run.params, part, None, draws=DRAWS, key=key).mean(0).T
+
+    return by_parts(terms, x).T / (np.log(2) * run.config.model.dimensions)
+
+
+def linear_gaussian(run: runs.Run, x: np.ndarray) -> np.ndarray:
+    """(n,): the bound of the linear-Gaussian VDM of each image, bits per dimension."""
+    nats = by_parts(lambda part, _: np.add(*run.baselines.linear_gaussian(part)), x)
+    return nats / (np.log(2) * run.config.model.dimensions)
 
 
 def bound_row(name: str, split: str, terms: np.ndarray, x: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
@@ -96,6 +116,12 @@ def ends(run: runs.Run) -> tuple[float, float]:
     """gamma_0 and gamma_1."""
     first, last = np.asarray(run.model.gamma(jnp.array([0.0, 1.0])))
     return float(first), float(last)
+
+
+def encode(run: runs.Run, x: np.ndarray) -> np.ndarray:
+    """Encodings (n, d) of images, float64."""
+    of = jax.jit(lambda params, x: vdm.merge(run.graph, params).encode(x))
+    return by_parts(lambda part, _: of(run.params, part), x).astype(np.float64)
 
 
 def moments(f: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +158,7 @@ def decode(run: runs.Run, z0: np.ndarray) -> np.ndarray:
     """Images (n, h, w, c) of latents z_0, as the sampler shows them."""
     scale = gaussian.alpha(run.model.gamma(jnp.zeros(())))
     show = jax.jit(lambda params, z: likelihoods.bernoulli_mean(vdm.merge(run.graph, params).decode(z / scale)))
-    return np.concatenate([np.asarray(show(run.params, z0[i : i + 64])) for i in range(0, len(z0), 64)])
+    return by_parts(lambda part, _: show(run.params, part), z0)
 
 
 def energy(a: np.ndarray, b: np.ndarray) -> float:
@@ -161,7 +187,7 @@ def sample_row(images: np.ndarray, z0: np.ndarray, others: np.ndarray, **what: A
         "contrast_mean": contrast.mean(),  # deviation of the pixels of an image
         "contrast_sd": contrast.std(ddof=1),
         "variety": images.std(0, ddof=1).mean(),  # deviation of a pixel over the images
-        "energy": energy(z0, others),
+        "energy": 0.0 if z0 is others else energy(z0, others),
     }
 
 
@@ -191,14 +217,12 @@ def draw(run: runs.Run, steps: int, z: np.ndarray) -> sampling.Samples:
 
 
 def save(name: str, figure: Any) -> None:
-    """A PNG of at most 64 grays: half the size, no difference to the eye."""
-    import io
-
+    """A PNG of at most 128 grays: smaller, with no difference to the eye."""
     from PIL import Image
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    image = Image.open(buffer).convert("L").quantize(64, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("L").quantize(128, dither=Image.Dither.NONE)
     path = record.RESULTS / f"{NAME}-{name}.png"
     image.save(path, optimize=True)
     say(path.name, f"{path.stat().st_size:,} bytes")
@@ -210,21 +234,31 @@ def half(images: np.ndarray) -> np.ndarray:
     return images if h < 256 else images.reshape(*front, h // 2, 2, w // 2, 2, c).mean((-4, -2))
 
 
-def rows(**named: np.ndarray) -> Any:
+def rows(named: dict[str, np.ndarray]) -> Any:
     """A sheet with one set of images a row and its name above."""
     columns = len(next(iter(named.values())))
-    titles = [name.replace("_", " ") if i == 0 else "" for name in named for i in range(columns)]
-    return plotting.image_grid(half(np.concatenate(list(named.values()))), synthetic=True, columns=columns, titles=titles)
+    titles = [name if i == 0 else "" for name in named for i in range(columns)]
+    return plotting.image_grid(
+        half(np.concatenate(list(named.values()))),
+        synthetic=True,
+        columns=columns,
+        titles=titles,
+    )
 
 
 # --- All together ---------------------------------------------------------------------------------------------------
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
+    options.add_argument("--data-dir", help="folder of the images")
+    return options
+
+
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="+", type=Path)
-    parser.add_argument("--data-dir")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     begin = time.perf_counter()
     tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("bounds", "paired", "first_latent", "spectra", "samples")
@@ -245,19 +279,17 @@ def main(arguments: list[str]) -> None:
             if split == "test":
                 totals[name] = terms.sum(0)
         if "linear" not in totals:
-            linear = np.concatenate(
-                [sum(run.baselines.linear_gaussian(x["test"][i : i + 32])) for i in range(0, len(x["test"]), 32)]
-            )
-            totals["linear"] = linear / (np.log(2) * run.config.model.dimensions)
+            totals["linear"] = linear_gaussian(run, x["test"])
 
         say(name, "z_1")
-        encode = jax.jit(lambda params, x, graph=run.graph: vdm.merge(graph, params).encode(x))
-        f = {s: np.concatenate([np.asarray(encode(run.params, b)) for b in np.array_split(v, 8)]) for s, v in x.items()}
-        f = {split: values.astype(np.float64) for split, values in f.items()}
+        f = {split: encode(run, images) for split, images in x.items()}
         for split in ("train", "test"):
             tables["first_latent"].append({"run": name, "split": split} | first_latent(f[split], gamma_1))
         law = {split: moments(f[split], gamma_1) for split in ("train", "test")}
-        spectrum = {"run": name, "eigenvalues": np.linalg.eigvalsh(law["train"][1])[::-1]}
+        spectrum = {
+            "run": name,
+            "eigenvalues": np.linalg.eigvalsh(law["train"][1])[::-1],
+        }
         for split, (mean, cov) in law.items():
             spectrum |= {f"mean_{split}": mean, f"variance_{split}": np.diag(cov)}
         tables["spectra"].append(spectrum)
@@ -277,9 +309,12 @@ def main(arguments: list[str]) -> None:
                 what = {"run": name, "start": start, "steps": steps}
                 tables["samples"].append(sample_row(drawn.images, drawn.latents[-1], z0["test"], **what))
                 if start != "images":  # those would show a reconstruction of a patient's image
-                    shown[f"start from {start}, T = {steps:,}"] = drawn.images[:6]
+                    shown[f"{start}, T = {steps:,}"] = drawn.images[:5]
         if position == 0 or run.config.model.timesteps:
-            save("literal-starts" if run.config.model.timesteps else "starts", rows(**shown))
+            save(
+                "literal-starts" if run.config.model.timesteps else "starts",
+                rows(shown),
+            )
 
         if position == 0:
             many = {}
@@ -288,12 +323,18 @@ def main(arguments: list[str]) -> None:
                 drawn = sampling.generate(run.graph, run.params, num=MANY_CHAINS, steps=steps, seed=SEED)
                 what = {"run": name, "start": "N(0, I), fewer chains", "steps": steps}
                 tables["samples"].append(sample_row(drawn.images, drawn.latents[-1], z0["test"], **what))
-                many[f"T = {steps:,}"] = drawn.images[:6]
-            save("samples", plotting.image_grid(half(drawn.images[:16]), synthetic=True, columns=4))
-            save("steps", rows(**many))
+                many[f"T = {steps:,}"] = drawn.images[:5]
+            save(
+                "samples",
+                plotting.image_grid(half(drawn.images[:16]), synthetic=True, columns=4),
+            )
+            save("steps", rows(many))
             chain = runs.sample(run, num=3, steps=1_000, num_states=8, seed=SEED)
             gammas = np.asarray(run.model.gamma(jnp.asarray(chain.times, jnp.float32)))
-            save("reverse", plotting.strip(half(chain.states), chain.times, gammas=gammas, synthetic=True))
+            save(
+                "reverse",
+                plotting.strip(half(chain.states), chain.times, gammas=gammas, synthetic=True),
+            )
 
     names = list(totals)
     for i, one in enumerate(names):
@@ -307,7 +348,8 @@ def main(arguments: list[str]) -> None:
                     "stderr": evaluation.clustered_stderr(difference, patients["test"]),
                 }
             )
-    record.experiment(NAME, config=CONFIG, seconds=time.perf_counter() - begin, results=tables)
+    results = {name: [plain(row) for row in table] for name, table in tables.items()}
+    record.experiment(NAME, config=CONFIG, seconds=time.perf_counter() - begin, results=results)
 
 
 if __name__ == "__main__":
