@@ -40,7 +40,7 @@ import record
 NAME = "reproduction"
 CONFIG = config_.preset("paper", batch_size=16, steps=3000)
 SEED = 0
-DRAWS = 4  # of time and noise an image, for the bound
+DRAWS = 2  # of time and noise an image, for the bound
 CHAINS, STEPS = 192, 250  # for each start
 MANY_CHAINS, MANY_STEPS = 64, (50, 250, 1_000, 20_000)  # of the first run
 
