@@ -217,12 +217,12 @@ def draw(run: runs.Run, steps: int, z: np.ndarray) -> sampling.Samples:
 
 
 def save(name: str, figure: Any) -> None:
-    """A PNG of at most 128 grays: smaller, with no difference to the eye."""
+    """A PNG of every second gray: smaller, with no difference to the eye."""
     from PIL import Image
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    image = Image.open(buffer).convert("L").quantize(128, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("L").point(lambda gray: gray & ~1)
     path = record.RESULTS / f"{NAME}-{name}.png"
     image.save(path, optimize=True)
     say(path.name, f"{path.stat().st_size:,} bytes")
