@@ -104,8 +104,8 @@ def _presets() -> dict[str, RunConfig]:
                 inner_width=256,
             ),
             training=TrainConfig(
-                steps=1000,
-                batch_size=16,
+                steps=400,
+                batch_size=8,
                 learning_rate=1e-3,
                 warmup_steps=50,
                 augment_shift=0.03,
