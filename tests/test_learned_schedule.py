@@ -1,0 +1,347 @@
+"""The objective of a schedule's interior: one backward pass gives the gradients that two would, and they lead there."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+
+import medvdm
+from medvdm import config as config_
+from medvdm import schedules, training, variance, vdm, vlb
+from medvdm.errors import InputError
+from medvdm.training import TrainConfig
+from medvdm.vdm import VDMConfig
+
+LEARNED = TrainConfig(steps=60, batch_size=8, warmup_steps=0, schedule_objective="variance", weight_decay=0.0)
+
+
+def monotonic(small, *, learn_ends=True):
+    """The tests' small VDM with random weights, and a bent monotonic schedule: config, graph, parameters."""
+    config = dataclasses.replace(small[0], schedule="monotonic", learn_ends=learn_ends)
+    rng = np.random.default_rng(1)
+    moved = jax.tree.map(
+        lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(np.float32), vdm.init(config, 0)["schedule"]
+    )
+    return config, vdm.graph_of(config), {**small[2], "schedule": moved}
+
+
+def batch(config, n=8):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0.05, 0.95, (n, *config.image_shape)).astype(np.float32)
+    return jnp.asarray(images), jnp.asarray(np.eye(config.classes, dtype=np.float32)[np.arange(n) % config.classes])
+
+
+def close(one, two, rtol=2e-4):
+    """Equal up to rounding: each leaf by its own largest entry."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max())), one, two
+    )
+
+
+# --- the gradient
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("stratified", [True, False])
+def test_one_pass_gives_the_gradients_of_two(small, stratified, n):
+    config, graph, params = monotonic(small)
+    train = dataclasses.replace(LEARNED, stratified_times=stratified, gradient_difference_weight=0.1)
+    images, labels = batch(config, n)
+    key = jax.random.key(3)
+
+    def bound(params):
+        return training.loss_fn(vdm.merge(graph, params), train, images, labels, key)
+
+    def spread(params):  # all the way through the score network a second time
+        losses = training.terms_of(vdm.merge(graph, params), train, images, labels, key).diffusion
+        u = np.asarray(training.times_of(train, n, key))
+        if n == 1 or not stratified:
+            return jnp.mean(losses**2)
+        order = np.argsort(u)
+        return jnp.mean(jnp.diff(losses[order]) ** 2) / 2
+
+    @jax.jit
+    def all_three(params):
+        by_bound, metrics = jax.grad(bound, has_aux=True)(params)
+        return (
+            by_bound,
+            metrics,
+            jax.grad(spread)(params),
+            training.gradient(graph, train, params, images, labels, key),
+        )
+
+    by_bound, metrics, by_spread, (grads, reported) = all_three(params)
+    assert set(params["schedule"]) == {"w1", "b1", "w2", "b2", "w3", "ends"}
+    for name in params:
+        if name != "schedule":
+            close(grads[name], by_bound[name])
+    close(grads["schedule"]["ends"], by_bound["schedule"]["ends"])
+    for name in ("w1", "b1", "w2", "b2", "w3"):
+        close(grads["schedule"][name], by_spread["schedule"][name], rtol=1e-3)
+        assert np.abs(grads["schedule"][name]).max() > 0
+        assert not np.allclose(grads["schedule"][name], by_bound["schedule"][name], rtol=0.1)
+    np.testing.assert_allclose(reported, metrics, rtol=1e-5)
+
+
+def test_the_objective_bound_is_the_plain_gradient(small):
+    config, graph, params = monotonic(small)
+    train = dataclasses.replace(LEARNED, schedule_objective="bound")
+    images, labels = batch(config)
+    grads, metrics = training.gradient(graph, train, params, images, labels, jax.random.key(0))
+    plain, same = jax.grad(
+        lambda p: training.loss_fn(vdm.merge(graph, p), train, images, labels, jax.random.key(0)), has_aux=True
+    )(params)
+    close(grads, plain, rtol=1e-5)
+    np.testing.assert_allclose(metrics, same, rtol=1e-6)
+
+
+def test_a_probe_is_a_change_of_gamma_and_of_its_slope():
+    # A schedule moved by a constant, and one turned about its middle, at a single time.
+    f, u, key = jnp.ones((5, 3)), jnp.full((5,), 0.5), jax.random.key(0)
+    base = oracle.Isotropic(0.7, schedules.FixedLinear(-4.0, 2.0))
+    for low, high, probe in ((-3.8, 2.2, (0.2, 0.0)), (-4.1, 2.1, (0.0, 0.2))):
+        moved = oracle.Isotropic(0.7, schedules.FixedLinear(low, high))
+        probe = vlb.Probe(*(jnp.full((5,), value) for value in probe))
+        label = jnp.zeros((5, 1))
+        np.testing.assert_allclose(
+            vlb.diffusion_loss(base, f, label, u, key, probe), vlb.diffusion_loss(moved, f, label, u, key), rtol=1e-5
+        )
+
+
+def test_bound_times_are_those_of_the_bound():
+    model, key, x = oracle.Isotropic(0.7, schedules.FixedLinear(-4.0, 2.0)), jax.random.key(5), jnp.ones((6, 3))
+    u = vlb.bound_times(key, 6)
+    by_hand = vlb.diffusion_loss(model, x, jnp.zeros((6, 1)), u, jax.random.split(key, 3)[2])
+    np.testing.assert_array_equal(vlb.bound(model, x, key=key).diffusion, by_hand)
+
+
+# --- the two measures of spread
+
+
+def test_within_strata_takes_neighbours_in_time_only():
+    u = jnp.mod(0.6 + jnp.arange(5) / 5, 1.0)  # 0.6, 0.8, 0, 0.2, 0.4
+    losses = jnp.asarray([7.0, 100.0, 1.0, 2.0, 4.0])
+    in_order = np.array([1.0, 2.0, 4.0, 7.0, 100.0])
+    assert float(variance.within_strata(losses, u)) == pytest.approx(np.mean(np.diff(in_order) ** 2) / 2)
+    assert float(variance.within_strata(losses[:1], u[:1])) == 49.0
+    assert float(variance.second_moment(losses)) == pytest.approx(np.mean(np.asarray(losses) ** 2))
+
+
+@pytest.mark.parametrize("shape", ["fixed-linear", "fixed-cosine"])
+def test_the_measures_of_spread_are_the_variances_of_the_batch_mean(shape):
+    # n times the variance of the mean of n losses, for x ~ N(0, s^2 I) and its exact denoiser, whose moments are known.
+    s, d, n, batches = 0.7, 4, 32, 3000
+    schedule = schedules.make(shape, -4.0, 3.0, rngs=nnx.Rngs(0))
+    t = (np.arange(4000) + 0.5) / 4000
+    gamma, slope = (np.asarray(v, np.float64) for v in schedules.with_slope(schedule, jnp.asarray(t, jnp.float32)))
+    m = d * slope * oracle.isotropic_mse(s, gamma) / 2  # the mean of the loss at each time
+    v = 2 / d * m**2  # and its variance
+    offsets, later = m.reshape(n, -1).mean(0), len(t) // n
+    exact_of_mean = {True: v.mean() + n * offsets.var(), False: v.mean() + m.var()}
+    pairs = (v[:-later] + v[later:] + (m[later:] - m[:-later]) ** 2) / 2
+    exact = {True: pairs.mean(), False: v.mean() + np.mean(m**2)}
+    assert exact[True] < 1.3 * exact_of_mean[True]  # neighbours are close enough
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        key_x, key_u, key_eps = jax.random.split(key, 3)
+        x = s * jax.random.normal(key_x, (n, d))
+        out = []
+        for stratified in (True, False):
+            u = vlb.sample_times(key_u, n, stratified=stratified)
+            losses = vlb.diffusion_loss(oracle.Isotropic(s, schedule), x, jnp.zeros((n, 1)), u, key_eps)
+            spread = variance.within_strata(losses, u) if stratified else variance.second_moment(losses)
+            out += [losses.mean(), spread]
+        return out
+
+    mean_s, within, mean_i, second = (np.asarray(v) for v in draw(jax.random.split(jax.random.key(0), batches)))
+    for stratified, means, spreads in ((True, mean_s, within), (False, mean_i, second)):
+        assert abs(spreads.mean() - exact[stratified]) < 5 * spreads.std() / math.sqrt(batches)
+        squares = n * (means - means.mean()) ** 2
+        assert abs(squares.mean() - exact_of_mean[stratified]) < 5 * squares.std() / math.sqrt(batches)
+
+
+# --- where it leads
+
+
+def learn_gaussian(s, low, high, *, stratified, steps=500, n=64, d=8):
+    """A monotonic schedule trained by :func:`variance.gradient` alone, for x ~ N(0, s^2 I) and its exact denoiser."""
+    graph, params = nnx.split(schedules.MonotonicNetwork(low, high, hidden=64, rngs=nnx.Rngs(0)), nnx.Param)
+    adam = optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+    def step(carry, key):
+        params, state = carry
+        key_x, key_u, key_eps = jax.random.split(key, 3)
+        x, u = s * jax.random.normal(key_x, (n, d)), vlb.sample_times(key_u, n, stratified=stratified)
+
+        def loss(probe):
+            model = oracle.Isotropic(s, nnx.merge(graph, params))
+            losses = vlb.diffusion_loss(model, x, jnp.zeros((n, 1)), u, key_eps, probe)
+            return losses.sum(), losses
+
+        by, losses = jax.grad(loss, has_aux=True)(vlb.Probe(jnp.zeros(n), jnp.zeros(n)))
+        grads = variance.gradient(lambda p: nnx.merge(graph, p), params, u, losses, by, stratified=stratified)
+        updates, state = adam.update(grads, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, keys))((params, adam.init(params)))
+    return nnx.merge(graph, params)
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_gaussian_data_lead_to_the_known_schedule_of_least_variance(stratified):
+    # gamma'(t) sqrt(E ||eps - eps_hat||^4) is constant where log(1 + s^2 SNR) is linear in time.
+    s, low, high = 0.7, -6.0, 5.0
+    learned = learn_gaussian(s, low, high, stratified=stratified)
+    t = np.linspace(0.0, 1.0, 101)
+    a = np.log1p(s**2 * np.exp([-low, -high]))
+    best = -np.log(np.expm1((1 - t) * a[0] + t * a[1]) / s**2)
+    gamma, slope = (np.asarray(v) for v in schedules.with_slope(learned, jnp.asarray(t, jnp.float32)))
+    linear = low + (high - low) * t
+    assert np.sqrt(np.mean((gamma - best) ** 2)) < 0.15 * np.sqrt(np.mean((linear - best) ** 2))
+    assert gamma[0] == low and gamma[-1] == high
+
+    def spread(gamma, slope):  # of gamma' M over time, relative to its mean, which is that of the bound
+        product = slope * oracle.isotropic_mse(s, gamma)
+        return product.std() / product.mean()
+
+    assert spread(gamma, slope) < 0.2 * spread(linear, np.full(101, high - low))
+
+
+def test_the_bound_does_not_change_when_only_the_interior_does(small):
+    config, graph, params = monotonic(small)
+    other = {**params, "schedule": {**params["schedule"], "w1": params["schedule"]["w1"] - 3.0}}
+    other["schedule"]["w3"] = other["schedule"]["w3"] + 2.0
+    images, labels = batch(config)
+    t = jnp.linspace(0.0, 1.0, 9)
+    before, after = (np.asarray(vdm.merge(graph, p).gamma(t)) for p in (params, other))
+    assert np.abs(after - before).max() > 0.2
+    np.testing.assert_array_equal(before[[0, -1]], after[[0, -1]])
+
+    @jax.jit
+    @jax.vmap
+    def paired(key):
+        a, b = (vlb.bound(vdm.merge(graph, p), images, labels, key=key) for p in (params, other))
+        return a.total.mean() - b.total.mean(), a.prior - b.prior, a.reconstruction - b.reconstruction, a.total.mean()
+
+    difference, prior, reconstruction, total = map(np.asarray, paired(jax.random.split(jax.random.key(7), 4000)))
+    assert np.all(prior == 0) and np.abs(reconstruction).max() < 1e-4  # only the ends enter these
+    error = difference.std() / math.sqrt(len(difference))
+    assert abs(difference.mean()) < 5 * error < 0.01 * total.mean()
+
+
+# --- in training
+
+
+def test_training_moves_the_interior_keeps_the_ends_exact_and_leaves_the_rest_as_it_is(small):
+    config, graph, params = monotonic(small, learn_ends=False)
+    train = dataclasses.replace(LEARNED, learning_rate=1e-3, schedule_rate=30.0, clip_norm=1.0, weight_decay=0.5)
+    optimiser = training.optimiser(train, learned_schedule=True)
+    state = training.TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimiser.init(params), None)
+    step = training.jit_step(config, train)
+    images, labels = batch(config)
+    start = np.asarray(vdm.merge(graph, params).gamma(jnp.linspace(0, 1, 11)))
+    for _ in range(30):
+        state, _ = step(state, images, labels)
+        gamma = np.asarray(vdm.merge(graph, state.params).gamma(jnp.linspace(0, 1, 11)))
+        assert gamma[0] == np.float32(config.gamma_min) and gamma[-1] == np.float32(config.gamma_max)
+        assert np.all(np.diff(gamma) > 0)
+    assert np.abs(gamma - start).max() > 0.1
+    # With no room to learn, only weight decay is left, and the schedule has none.
+    train = dataclasses.replace(train, schedule_rate=0.0)
+    state = training.TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimiser.init(params), None)
+    after, _ = training.jit_step(config, train)(state, images, labels)
+    jax.tree.map(np.testing.assert_array_equal, after.params["schedule"], params["schedule"])
+    assert not np.allclose(after.params["labels"]["null"], params["labels"]["null"], rtol=1e-5, atol=0)
+
+
+def test_the_networks_train_as_if_the_schedule_were_not_clipped_with_them():
+    train = TrainConfig(steps=10, warmup_steps=0, clip_norm=1.0, weight_decay=0.1, schedule_rate=5.0)
+    params = {"net": jnp.asarray([2.0]), "schedule": {"w": jnp.asarray([2.0])}}
+    grads = {"net": jnp.asarray([0.5]), "schedule": {"w": jnp.asarray([1e6])}}
+    group, alone = training.optimiser(train, learned_schedule=True), training.optimiser(train)
+    state, state_alone = group.init(params), alone.init({"net": params["net"]})
+    for scale in (1.0, 0.1):
+        given = jax.tree.map(lambda g, s=scale: s * g, grads)
+        updates, state = group.update(given, state, params)
+        expected, state_alone = alone.update({"net": given["net"]}, state_alone, {"net": params["net"]})
+        np.testing.assert_allclose(updates["net"], expected["net"], rtol=1e-6)
+        if scale == 1.0:
+            np.testing.assert_allclose(updates["schedule"]["w"], -5 * 8e-4, rtol=1e-4)  # rate, no decay, no clipping
+
+
+@pytest.mark.parametrize("schedule", ["learned-linear", "monotonic"])
+def test_learned_ends_go_where_the_bound_sends_them(small, schedule):
+    # The network is told gamma normalised by constants, so ends that move do not change what it is told at a gamma.
+    config = dataclasses.replace(small[0], schedule=schedule, learn_ends=schedule == "monotonic")
+    objective = "variance" if schedule == "monotonic" else "bound"
+    train = TrainConfig(steps=150, batch_size=8, warmup_steps=0, learning_rate=2e-3, schedule_rate=10.0,
+                        schedule_objective=objective)  # fmt: skip
+    state = training.init_state(config, train)
+    step, graph = training.jit_step(config, train), vdm.graph_of(config)
+    images, labels = batch(config)
+    ends = jnp.asarray([0.0, 1.0])
+    losses = []
+    for _ in range(train.steps):
+        state, metrics = step(state, images, labels)
+        losses.append(float(metrics.vlb_bpd))
+    gamma = np.asarray(vdm.merge(graph, state.params).gamma(ends))
+    assert np.all(np.isfinite(losses)) and np.mean(losses[-20:]) < np.mean(losses[:20])
+    assert np.all(np.abs(gamma - [config.gamma_min, config.gamma_max]) > 0.2)
+    # Against fixed ends from the same weights: the bound at the learned ends is lower.
+    learned = state.params["schedule"]["ends"] if schedule == "monotonic" else state.params["schedule"]
+    back = {"gamma_0": jnp.float32(config.gamma_min), "log_width": jnp.log(config.gamma_max - config.gamma_min)}
+    old = {**state.params["schedule"], "ends": back} if schedule == "monotonic" else back
+
+    @jax.jit
+    @jax.vmap
+    def paired(key):
+        a, b = (
+            vlb.bound(vdm.merge(graph, {**state.params, "schedule": s}), images, labels, key=key).total.mean()
+            for s in (state.params["schedule"], old)
+        )
+        return b - a
+
+    assert set(learned) == set(back)
+    gain = np.asarray(paired(jax.random.split(jax.random.key(1), 500)))
+    assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "learned-linear"}, {"schedule": "monotonic", "timesteps": 10}])
+def test_the_objective_is_refused_for_other_schedules_and_for_discrete_time(changes):
+    with pytest.raises(InputError, match=r"^schedule_objective: 'variance' with schedule .*expected .* 'monotonic'"):
+        medvdm.preset("demo", schedule_objective="variance", **changes)
+    with pytest.raises(InputError, match="schedule_objective"):
+        training.make_step(VDMConfig(**changes), TrainConfig(schedule_objective="variance"))
+
+
+def test_other_settings_that_cannot_be():
+    with pytest.raises(InputError, match="schedule_objective: 'varience'; did you mean 'variance'"):
+        TrainConfig(schedule_objective="varience")
+    with pytest.raises(InputError, match="schedule_rate: -1.0"):
+        TrainConfig(schedule_rate=-1.0)
+    for schedule in ("fixed-linear", "fixed-cosine", "learned-linear"):
+        with pytest.raises(InputError, match=f"learn_ends: True with schedule '{schedule}'; expected .*'monotonic'"):
+            VDMConfig(schedule=schedule, learn_ends=True)
+
+
+def test_records_and_checkpoints_from_before_these_settings_stay_good():
+    now = medvdm.preset("demo")
+    record = config_.to_json(now)
+    del record["model"]["learn_ends"], record["training"]["schedule_objective"], record["training"]["schedule_rate"]
+    assert config_.from_json(record) == now
+    assert config_.fingerprint(now) == "3487be0f45baac09"
+    learned = medvdm.preset("demo", schedule="monotonic", schedule_objective="variance")
+    assert config_.fingerprint(learned) != config_.fingerprint(medvdm.preset("demo", schedule="monotonic"))
+    assert config_.from_json(config_.to_json(learned)) == learned
