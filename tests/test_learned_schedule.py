@@ -47,24 +47,23 @@ def close(one, two, rtol=2e-4):
 # --- the gradient
 
 
-@pytest.mark.parametrize("n", [1, 2, 8])
-@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize(("n", "stratified"), [(1, True), (2, True), (8, True), (8, False)])
 def test_one_pass_gives_the_gradients_of_two(small, stratified, n):
     config, graph, params = monotonic(small)
     train = dataclasses.replace(LEARNED, stratified_times=stratified, gradient_difference_weight=0.1)
     images, labels = batch(config, n)
     key = jax.random.key(3)
 
+    in_time = np.argsort(training.times_of(train, n, key))
+
     def bound(params):
         return training.loss_fn(vdm.merge(graph, params), train, images, labels, key)
 
     def spread(params):  # all the way through the score network a second time
         losses = training.terms_of(vdm.merge(graph, params), train, images, labels, key).diffusion
-        u = np.asarray(training.times_of(train, n, key))
         if n == 1 or not stratified:
             return jnp.mean(losses**2)
-        order = np.argsort(u)
-        return jnp.mean(jnp.diff(losses[order]) ** 2) / 2
+        return jnp.mean(jnp.diff(losses[in_time]) ** 2) / 2
 
     @jax.jit
     def all_three(params):
@@ -136,7 +135,7 @@ def test_within_strata_takes_neighbours_in_time_only():
 @pytest.mark.parametrize("shape", ["fixed-linear", "fixed-cosine"])
 def test_the_measures_of_spread_are_the_variances_of_the_batch_mean(shape):
     # n times the variance of the mean of n losses, for x ~ N(0, s^2 I) and its exact denoiser, whose moments are known.
-    s, d, n, batches = 0.7, 4, 32, 3000
+    s, d, n, batches = 0.7, 4, 32, 2000
     schedule = schedules.make(shape, -4.0, 3.0, rngs=nnx.Rngs(0))
     t = (np.arange(4000) + 0.5) / 4000
     gamma, slope = (np.asarray(v, np.float64) for v in schedules.with_slope(schedule, jnp.asarray(t, jnp.float32)))
@@ -171,7 +170,7 @@ def test_the_measures_of_spread_are_the_variances_of_the_batch_mean(shape):
 # --- where it leads
 
 
-def learn_gaussian(s, low, high, *, stratified, steps=500, n=64, d=8):
+def learn_gaussian(s, low, high, *, stratified, steps=400, n=64, d=8):
     """A monotonic schedule trained by :func:`variance.gradient` alone, for x ~ N(0, s^2 I) and its exact denoiser."""
     graph, params = nnx.split(schedules.MonotonicNetwork(low, high, hidden=64, rngs=nnx.Rngs(0)), nnx.Param)
     adam = optax.adam(optax.cosine_decay_schedule(0.1, steps))
@@ -232,10 +231,10 @@ def test_the_bound_does_not_change_when_only_the_interior_does(small):
         a, b = (vlb.bound(vdm.merge(graph, p), images, labels, key=key) for p in (params, other))
         return a.total.mean() - b.total.mean(), a.prior - b.prior, a.reconstruction - b.reconstruction, a.total.mean()
 
-    difference, prior, reconstruction, total = map(np.asarray, paired(jax.random.split(jax.random.key(7), 4000)))
+    difference, prior, reconstruction, total = map(np.asarray, paired(jax.random.split(jax.random.key(7), 500)))
     assert np.all(prior == 0) and np.abs(reconstruction).max() < 1e-4  # only the ends enter these
     error = difference.std() / math.sqrt(len(difference))
-    assert abs(difference.mean()) < 5 * error < 0.01 * total.mean()
+    assert abs(difference.mean()) < 5 * error < 0.05 * total.mean()
 
 
 # --- in training
@@ -311,7 +310,7 @@ def test_learned_ends_go_where_the_bound_sends_them(small, schedule):
         return b - a
 
     assert set(learned) == set(back)
-    gain = np.asarray(paired(jax.random.split(jax.random.key(1), 500)))
+    gain = np.asarray(paired(jax.random.split(jax.random.key(1), 200)))
     assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
 
 
