@@ -47,57 +47,68 @@ def close(one, two, rtol=2e-4):
 # --- the gradient
 
 
-@pytest.mark.parametrize(("n", "stratified"), [(1, True), (2, True), (8, True), (8, False)])
-def test_one_pass_gives_the_gradients_of_two(small, stratified, n):
+def spread_by_hand(losses, in_time):
+    """The two measures, by the order of the times instead of the wrapped neighbours."""
+    return jnp.mean(losses**2) if in_time is None or len(in_time) == 1 else jnp.mean(jnp.diff(losses[in_time]) ** 2) / 2
+
+
+@pytest.mark.parametrize(("n", "stratified"), [(1, True), (2, True), (9, True), (9, False)])
+def test_one_pass_gives_the_gradient_of_two_to_all_digits(n, stratified):
+    with jax.enable_x64(True):
+        graph, params = nnx.split(
+            schedules.MonotonicNetwork(-4.0, 2.0, hidden=8, learn_ends=True, rngs=nnx.Rngs(0)), nnx.Param
+        )
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+        x, key = jax.random.normal(jax.random.key(0), (n, 3)), jax.random.key(1)
+        u = vlb.sample_times(jax.random.key(2), n, stratified=stratified).astype(jnp.float64)
+        in_time = np.argsort(u) if stratified else None
+
+        def losses_of(params, probe=None):
+            model = oracle.Isotropic(0.7, nnx.merge(graph, params))
+            return vlb.diffusion_loss(model, x, jnp.zeros((n, 1)), u, key, probe)
+
+        def summed(probe):
+            losses = losses_of(params, probe)
+            return losses.sum(), losses
+
+        by, losses = jax.grad(summed, has_aux=True)(vlb.Probe(jnp.zeros(n), jnp.zeros(n)))
+        one = variance.gradient(lambda p: nnx.merge(graph, p), params, u, losses, by, stratified=stratified)
+        two = jax.grad(lambda p: spread_by_hand(losses_of(p), in_time))(params)
+        assert len(jax.tree.leaves(one)) == 7
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), one, two)
+
+
+def test_in_the_whole_model_the_interior_follows_the_spread_and_all_else_the_bound(small):
     config, graph, params = monotonic(small)
-    train = dataclasses.replace(LEARNED, stratified_times=stratified, gradient_difference_weight=0.1)
-    images, labels = batch(config, n)
+    train = dataclasses.replace(LEARNED, gradient_difference_weight=0.1)
+    images, labels = batch(config)
     key = jax.random.key(3)
+    in_time = np.argsort(training.times_of(train, 8, key))
 
-    in_time = np.argsort(training.times_of(train, n, key))
-
-    def bound(params):
-        return training.loss_fn(vdm.merge(graph, params), train, images, labels, key)
-
-    def spread(params):  # all the way through the score network a second time
-        losses = training.terms_of(vdm.merge(graph, params), train, images, labels, key).diffusion
-        if n == 1 or not stratified:
-            return jnp.mean(losses**2)
-        return jnp.mean(jnp.diff(losses[in_time]) ** 2) / 2
+    def both(params):  # the second all the way through the score network again
+        model = vdm.merge(graph, params)
+        losses = training.terms_of(model, train, images, labels, key).diffusion
+        loss, metrics = training.loss_fn(model, train, images, labels, key)
+        return jnp.stack([loss, spread_by_hand(losses, in_time)]), metrics
 
     @jax.jit
     def all_three(params):
-        by_bound, metrics = jax.grad(bound, has_aux=True)(params)
-        return (
-            by_bound,
-            metrics,
-            jax.grad(spread)(params),
-            training.gradient(graph, train, params, images, labels, key),
-        )
+        two, metrics = jax.jacrev(both, has_aux=True)(params)
+        return two, metrics, training.gradient(graph, train, params, images, labels, key)
 
-    by_bound, metrics, by_spread, (grads, reported) = all_three(params)
+    two, metrics, (grads, reported) = all_three(params)
+    by_bound, by_spread = (jax.tree.map(lambda g, i=i: g[i], two) for i in (0, 1))
     assert set(params["schedule"]) == {"w1", "b1", "w2", "b2", "w3", "ends"}
     for name in params:
         if name != "schedule":
             close(grads[name], by_bound[name])
     close(grads["schedule"]["ends"], by_bound["schedule"]["ends"])
-    for name in ("w1", "b1", "w2", "b2", "w3"):
-        close(grads["schedule"][name], by_spread["schedule"][name], rtol=1e-3)
+    interior = [name for name in params["schedule"] if name != "ends"]
+    scale = max(float(jnp.abs(by_spread["schedule"][name]).max()) for name in interior)
+    for name in interior:  # in single precision a sum of opposite terms keeps fewer digits
+        np.testing.assert_allclose(grads["schedule"][name], by_spread["schedule"][name], rtol=1e-3, atol=1e-4 * scale)
         assert np.abs(grads["schedule"][name]).max() > 0
-        assert not np.allclose(grads["schedule"][name], by_bound["schedule"][name], rtol=0.1)
     np.testing.assert_allclose(reported, metrics, rtol=1e-5)
-
-
-def test_the_objective_bound_is_the_plain_gradient(small):
-    config, graph, params = monotonic(small)
-    train = dataclasses.replace(LEARNED, schedule_objective="bound")
-    images, labels = batch(config)
-    grads, metrics = training.gradient(graph, train, params, images, labels, jax.random.key(0))
-    plain, same = jax.grad(
-        lambda p: training.loss_fn(vdm.merge(graph, p), train, images, labels, jax.random.key(0)), has_aux=True
-    )(params)
-    close(grads, plain, rtol=1e-5)
-    np.testing.assert_allclose(metrics, same, rtol=1e-6)
 
 
 def test_a_probe_is_a_change_of_gamma_and_of_its_slope():
@@ -132,11 +143,10 @@ def test_within_strata_takes_neighbours_in_time_only():
     assert float(variance.second_moment(losses)) == pytest.approx(np.mean(np.asarray(losses) ** 2))
 
 
-@pytest.mark.parametrize("shape", ["fixed-linear", "fixed-cosine"])
-def test_the_measures_of_spread_are_the_variances_of_the_batch_mean(shape):
+def test_the_measures_of_spread_are_the_variances_of_the_batch_mean():
     # n times the variance of the mean of n losses, for x ~ N(0, s^2 I) and its exact denoiser, whose moments are known.
     s, d, n, batches = 0.7, 4, 32, 2000
-    schedule = schedules.make(shape, -4.0, 3.0, rngs=nnx.Rngs(0))
+    schedule = schedules.FixedCosine(-4.0, 3.0)
     t = (np.arange(4000) + 0.5) / 4000
     gamma, slope = (np.asarray(v, np.float64) for v in schedules.with_slope(schedule, jnp.asarray(t, jnp.float32)))
     m = d * slope * oracle.isotropic_mse(s, gamma) / 2  # the mean of the loss at each time
@@ -254,12 +264,6 @@ def test_training_moves_the_interior_keeps_the_ends_exact_and_leaves_the_rest_as
         assert gamma[0] == np.float32(config.gamma_min) and gamma[-1] == np.float32(config.gamma_max)
         assert np.all(np.diff(gamma) > 0)
     assert np.abs(gamma - start).max() > 0.1
-    # With no room to learn, only weight decay is left, and the schedule has none.
-    train = dataclasses.replace(train, schedule_rate=0.0)
-    state = training.TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimiser.init(params), None)
-    after, _ = training.jit_step(config, train)(state, images, labels)
-    jax.tree.map(np.testing.assert_array_equal, after.params["schedule"], params["schedule"])
-    assert not np.allclose(after.params["labels"]["null"], params["labels"]["null"], rtol=1e-5, atol=0)
 
 
 def test_the_networks_train_as_if_the_schedule_were_not_clipped_with_them():
@@ -277,13 +281,10 @@ def test_the_networks_train_as_if_the_schedule_were_not_clipped_with_them():
             np.testing.assert_allclose(updates["schedule"]["w"], -5 * 8e-4, rtol=1e-4)  # rate, no decay, no clipping
 
 
-@pytest.mark.parametrize("schedule", ["learned-linear", "monotonic"])
-def test_learned_ends_go_where_the_bound_sends_them(small, schedule):
+def test_learned_ends_go_where_the_bound_sends_them(small):
     # The network is told gamma normalised by constants, so ends that move do not change what it is told at a gamma.
-    config = dataclasses.replace(small[0], schedule=schedule, learn_ends=schedule == "monotonic")
-    objective = "variance" if schedule == "monotonic" else "bound"
-    train = TrainConfig(steps=150, batch_size=8, warmup_steps=0, learning_rate=2e-3, schedule_rate=10.0,
-                        schedule_objective=objective)  # fmt: skip
+    config = dataclasses.replace(small[0], schedule="monotonic", learn_ends=True)
+    train = dataclasses.replace(LEARNED, steps=150, learning_rate=2e-3, schedule_rate=10.0)
     state = training.init_state(config, train)
     step, graph = training.jit_step(config, train), vdm.graph_of(config)
     images, labels = batch(config)
@@ -296,9 +297,8 @@ def test_learned_ends_go_where_the_bound_sends_them(small, schedule):
     assert np.all(np.isfinite(losses)) and np.mean(losses[-20:]) < np.mean(losses[:20])
     assert np.all(np.abs(gamma - [config.gamma_min, config.gamma_max]) > 0.2)
     # Against fixed ends from the same weights: the bound at the learned ends is lower.
-    learned = state.params["schedule"]["ends"] if schedule == "monotonic" else state.params["schedule"]
     back = {"gamma_0": jnp.float32(config.gamma_min), "log_width": jnp.log(config.gamma_max - config.gamma_min)}
-    old = {**state.params["schedule"], "ends": back} if schedule == "monotonic" else back
+    old = {**state.params["schedule"], "ends": back}
 
     @jax.jit
     @jax.vmap
@@ -309,8 +309,7 @@ def test_learned_ends_go_where_the_bound_sends_them(small, schedule):
         )
         return b - a
 
-    assert set(learned) == set(back)
-    gain = np.asarray(paired(jax.random.split(jax.random.key(1), 200)))
+    gain = np.asarray(paired(jax.random.split(jax.random.key(1), 100)))
     assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
 
 
