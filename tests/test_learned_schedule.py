@@ -52,29 +52,30 @@ def spread_by_hand(losses, in_time):
     return jnp.mean(losses**2) if in_time is None or len(in_time) == 1 else jnp.mean(jnp.diff(losses[in_time]) ** 2) / 2
 
 
-@pytest.mark.parametrize(("n", "stratified"), [(1, True), (2, True), (9, True), (9, False)])
-def test_one_pass_gives_the_gradient_of_two_to_all_digits(n, stratified):
+@pytest.mark.parametrize("stratified", [True, False])
+def test_one_pass_gives_the_gradient_of_two_to_all_digits(stratified):
+    net = schedules.MonotonicNetwork(-4.0, 2.0, hidden=8, learn_ends=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(net, nnx.Param)
+    rng, n = np.random.default_rng(0), 9
+    times = np.mod(0.37 + np.arange(n) / n, 1.0) if stratified else rng.random(n)
+    in_time = np.argsort(times) if stratified else None
     with jax.enable_x64(True):
-        graph, params = nnx.split(
-            schedules.MonotonicNetwork(-4.0, 2.0, hidden=8, learn_ends=True, rngs=nnx.Rngs(0)), nnx.Param
-        )
-        params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-        x, key = jax.random.normal(jax.random.key(0), (n, 3)), jax.random.key(1)
-        u = vlb.sample_times(jax.random.key(2), n, stratified=stratified).astype(jnp.float64)
-        in_time = np.argsort(u) if stratified else None
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+        x, u = jnp.asarray(rng.standard_normal((n, 3))), jnp.asarray(times)
 
         def losses_of(params, probe=None):
             model = oracle.Isotropic(0.7, nnx.merge(graph, params))
-            return vlb.diffusion_loss(model, x, jnp.zeros((n, 1)), u, key, probe)
+            return vlb.diffusion_loss(model, x, jnp.zeros((n, 1)), u, jax.random.key(1), probe)
 
-        def summed(probe):
-            losses = losses_of(params, probe)
-            return losses.sum(), losses
+        @jax.jit
+        def both(params):
+            losses = losses_of(params)
+            by = jax.grad(lambda probe: losses_of(params, probe).sum())(vlb.Probe(jnp.zeros(n), jnp.zeros(n)))
+            one = variance.gradient(lambda p: nnx.merge(graph, p), params, u, losses, by, stratified=stratified)
+            return one, jax.grad(lambda p: spread_by_hand(losses_of(p), in_time))(params)
 
-        by, losses = jax.grad(summed, has_aux=True)(vlb.Probe(jnp.zeros(n), jnp.zeros(n)))
-        one = variance.gradient(lambda p: nnx.merge(graph, p), params, u, losses, by, stratified=stratified)
-        two = jax.grad(lambda p: spread_by_hand(losses_of(p), in_time))(params)
-        assert len(jax.tree.leaves(one)) == 7
+        one, two = both(params)
+        assert len(jax.tree.leaves(one)) == 7 and one["w3"][...].dtype == jnp.float64
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), one, two)
 
 
@@ -208,7 +209,7 @@ def learn_gaussian(s, low, high, *, stratified, steps=400, n=64, d=8):
 @pytest.mark.parametrize("stratified", [True, False])
 def test_gaussian_data_lead_to_the_known_schedule_of_least_variance(stratified):
     # gamma'(t) sqrt(E ||eps - eps_hat||^4) is constant where log(1 + s^2 SNR) is linear in time.
-    s, low, high = 0.7, -6.0, 5.0
+    s, low, high = 0.7, -4.0, 1.0
     learned = learn_gaussian(s, low, high, stratified=stratified)
     t = np.linspace(0.0, 1.0, 101)
     a = np.log1p(s**2 * np.exp([-low, -high]))
