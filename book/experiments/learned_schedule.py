@@ -242,7 +242,7 @@ def study(source: str, folder: str | None) -> dict[str, list[dict[str, Any]]]:
         shapes += [
             {"data": source, "schedule": arm, "t": i / 16, "gamma": float(value)}
             for i, value in enumerate(at)
-            if arm != "linear"
+            if arm in ("cosine", "learned")
         ]
     spreads = spreads_of(source, train, weights)
     return {"finals": finals, "shapes": shapes, "spreads": spreads}
