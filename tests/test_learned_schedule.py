@@ -223,12 +223,12 @@ def test_gaussian_data_lead_to_the_known_schedule_of_least_variance(stratified):
         product = slope * oracle.isotropic_mse(s, gamma)
         return product.std() / product.mean()
 
-    assert spread(gamma, slope) < 0.2 * spread(linear, np.full(101, high - low))
+    assert spread(gamma, slope) < 0.3 * spread(linear, np.full(101, high - low))
 
 
 def test_the_bound_does_not_change_when_only_the_interior_does(small):
     config, graph, params = monotonic(small)
-    bent = {"w1": params["schedule"]["w1"] - 3.0, "w2": params["schedule"]["w2"] + 30.0, "b2": jnp.full(1024, -1.0)}
+    bent = {"w2": params["schedule"]["w2"] + 20.0, "b2": jnp.full(1024, -10.0), "w3": jnp.full(1024, 3.0)}
     other = {**params, "schedule": {**params["schedule"], **bent}}
     images, labels = batch(config)
     t = jnp.linspace(0.0, 1.0, 9)
@@ -252,14 +252,15 @@ def test_the_bound_does_not_change_when_only_the_interior_does(small):
 
 
 def test_training_moves_the_interior_keeps_the_ends_exact_and_leaves_the_rest_as_it_is(small):
-    config, graph, params = monotonic(small, learn_ends=False)
+    config = dataclasses.replace(small[0], schedule="monotonic")
+    graph, params = vdm.graph_of(config), vdm.init(config, 0)
     train = dataclasses.replace(LEARNED, learning_rate=1e-3, schedule_rate=100.0, clip_norm=1.0)
     optimiser = training.optimiser(train, learned_schedule=True)
     state = training.TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimiser.init(params), None)
     step = training.jit_step(config, train)
     images, labels = batch(config)
     start = np.asarray(vdm.merge(graph, params).gamma(jnp.linspace(0, 1, 11)))
-    for _ in range(30):
+    for _ in range(40):
         state, _ = step(state, images, labels)
         gamma = np.asarray(vdm.merge(graph, state.params).gamma(jnp.linspace(0, 1, 11)))
         assert gamma[0] == np.float32(config.gamma_min) and gamma[-1] == np.float32(config.gamma_max)
