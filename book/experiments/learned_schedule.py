@@ -288,7 +288,7 @@ def main() -> None:
         for name, rows in study(source, place).items():
             tables[name] += rows
     tables["overhead"] = [
-        overhead("demo", medvdm.preset("demo", conditional=False, image_size=64), 20),
+        overhead("demo", medvdm.preset("demo", conditional=False, image_size=64), 60),
         overhead("paper", medvdm.preset("paper", batch_size=16), 6),
     ]
     record.experiment(
