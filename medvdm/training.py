@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from medvdm import variance, vdm, vlb
+from medvdm import augmentation, variance, vdm, vlb
 from medvdm.errors import InputError, nearest
 
 OBJECTIVES = ("bound", "variance")
@@ -61,6 +61,14 @@ class TrainConfig:
     """Fraction of labels replaced by the null during training (conditional models only)."""
     gradient_difference_weight: float = 0.0
     """Weight of the paper's image-gradient-difference term, in nats per unit of squared gray difference."""
+    augment_shift: float = 0.0
+    """Standard deviation of random shifts of the training images, as a fraction of their side; 0 is off."""
+    augment_size: float = 0.0
+    """Standard deviation of the log of a random change of size; 0 is off."""
+    augment_exposure: float = 0.0
+    """Standard deviation of the log of a random exponent on gray values; 0 is off."""
+    basis_copies: int = 0
+    """Augmented copies of each training image that the components of a 'linear-start' model are measured on."""
     stratified_times: bool = True
     """Spread the times of a batch evenly (the paper's antithetic sampling) instead of drawing each on its own."""
     schedule_objective: Literal["bound", "variance"] = "bound"
@@ -163,7 +171,13 @@ def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
     """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
     params = vdm.new_params(model, config.seed)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config).init(params), ema)
+    trained, _ = vdm.partition(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config).init(trained), ema)
+
+
+def augmentations(config: TrainConfig) -> dict[str, float]:
+    """The settings of :func:`medvdm.augmentation.augment`."""
+    return {"shift": config.augment_shift, "size": config.augment_size, "exposure": config.augment_exposure}
 
 
 def terms_of(
@@ -224,24 +238,25 @@ def gradient(
     labels: Float[Array, "n k"] | None,
     key: jax.Array,
 ) -> tuple[vdm.Params, Metrics]:
-    """What the optimiser gets, from one backward pass, and what a step reports.
+    """What the optimiser gets, from one backward pass, and what a step reports; for the trained ``params`` only.
 
     It is the gradient of :func:`loss_fn`, but with the objective 'variance' the interior of the schedule gets that of
     the spread of the diffusion loss (:mod:`medvdm.variance`) instead.
     """
     n = images.shape[0]
+    trained, measured = vdm.partition(params)
 
-    def of(params: vdm.Params, probe: vlb.Probe | None) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " n"]]]:
-        model = vdm.merge(graph, params)
+    def of(trained: vdm.Params, probe: vlb.Probe | None) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " n"]]]:
+        model = vdm.merge(graph, trained | measured)
         terms = terms_of(model, config, images, labels, key, probe)
         loss, metrics = mean_loss(terms, config, model.config.image_shape)
         return loss, (metrics, terms.diffusion)
 
     if config.schedule_objective == "bound":
-        grads, (metrics, _) = jax.grad(of, has_aux=True)(params, None)
+        grads, (metrics, _) = jax.grad(of, has_aux=True)(trained, None)
         return grads, metrics
     (grads, of_mean), (metrics, losses) = jax.grad(of, argnums=(0, 1), has_aux=True)(
-        params, vlb.Probe(jnp.zeros(n), jnp.zeros(n))
+        trained, vlb.Probe(jnp.zeros(n), jnp.zeros(n))
     )
     # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to that image's nats.
     by = jax.tree.map(lambda g: n * vlb.nats_per_image(g, images.shape[1:]), of_mean)
@@ -274,12 +289,15 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat.
+        images = augmentation.augment(jax.random.fold_in(key, 1), images, **augmentations(config))
+        trained, measured = vdm.partition(state.params)
         grads, metrics = gradient(graph, config, state.params, images, labels, key)
-        updates, opt_state = optimise.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimise.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates) | measured
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay) | measured
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step
