@@ -17,7 +17,7 @@ from typing import Any
 
 from medvdm.data import DataConfig
 from medvdm.errors import InputError, RunError, nearest
-from medvdm.training import TrainConfig
+from medvdm.training import TrainConfig, check
 from medvdm.vdm import VDMConfig
 
 
@@ -60,6 +60,9 @@ class RunConfig:
     model: VDMConfig = field(default_factory=VDMConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
+
+    def __post_init__(self) -> None:
+        check(self.model, self.training)
 
 
 def _presets() -> dict[str, RunConfig]:
@@ -165,9 +168,18 @@ def flat(config: RunConfig) -> dict[str, Any]:
 FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints")
 
 
+#: Settings that came after runs had been kept, with the value that stands for a record without them. Where they have
+#: it they leave no trace in the fingerprint, so those runs and their checkpoints stay good.
+LATER = {"learn_ends": False, "schedule_objective": "bound", "schedule_rate": 1.0}
+
+
 def fingerprint(config: RunConfig) -> str:
     """A short hash of all settings that define the run's numbers; each checkpoint carries it."""
-    fixed = {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
+    fixed = {
+        name: value
+        for name, value in flat(config).items()
+        if name not in FREE_ON_RESUME and (name not in LATER or value != LATER[name])
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -192,7 +204,7 @@ def _build(kind: type, record: Any) -> Any:
     if not isinstance(record, dict):
         raise TypeError(f"{kind.__name__}: {record!r} is not an object")
     hints = typing.get_type_hints(kind)
-    missing = [f.name for f in dataclasses.fields(kind) if f.name not in record]
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in record and f.name not in LATER]
     unknown = [name for name in record if name not in hints]
     if missing or unknown:
         raise TypeError(f"settings missing: {missing}, unknown: {unknown}")

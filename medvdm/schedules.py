@@ -47,6 +47,34 @@ class FixedLinear(nnx.Module):
         return (1.0 - t) * self.gamma_min + t * self.gamma_max
 
 
+class FixedCosine(nnx.Module):
+    r"""The cosine schedule cut to a range: :math:`\gamma(t) = 2 \log \tan a(t)`, with a(t) linear in time.
+
+    .. math:: a(t) = (1 - t)\, a_0 + t\, a_1, \qquad a_i = \arctan e^{\gamma_i / 2}
+
+    For an infinite range :math:`\alpha_t = \cos(\pi t / 2)`.
+    Source: Nichol & Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).
+
+    Raises:
+        InputError: ends that are not finite or not in rising order.
+    """
+
+    def __init__(self, gamma_min: float, gamma_max: float):
+        check_range(gamma_min, gamma_max)
+        self.gamma_min = float(gamma_min)
+        self.gamma_max = float(gamma_max)
+
+    def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        def log_sine(sign: float) -> Float[Array, "..."]:
+            first, last = (math.atan(math.exp(sign * 0.5 * end)) for end in (self.gamma_min, self.gamma_max))
+            return jnp.log(jnp.sin((1.0 - t) * first + t * last))
+
+        # log tan a = log sin a - log sin(pi/2 - a): the second angle is interpolated too, never subtracted.
+        inside = 2.0 * (log_sine(1.0) - log_sine(-1.0))
+        exact = jnp.where(t <= 0.0, self.gamma_min, jnp.where(t >= 1.0, self.gamma_max, inside))
+        return inside + jax.lax.stop_gradient(exact - inside)
+
+
 class LearnedLinear(nnx.Module):
     r"""A straight line whose end points are parameters, trained by the bound.
 
@@ -116,18 +144,23 @@ class MonotonicNetwork(nnx.Module):
         return self.ends(inside + jax.lax.stop_gradient(exact - inside))
 
 
-Schedule = FixedLinear | LearnedLinear | MonotonicNetwork
-NAMES = ("fixed-linear", "learned-linear", "monotonic")
+Schedule = FixedLinear | FixedCosine | LearnedLinear | MonotonicNetwork
+NAMES = ("fixed-linear", "fixed-cosine", "learned-linear", "monotonic")
 
 
-def make(name: str, gamma_min: float, gamma_max: float, *, rngs: nnx.Rngs) -> Schedule:
-    """Build a schedule by name (one of :data:`NAMES`); raises InputError for others."""
+def make(name: str, gamma_min: float, gamma_max: float, *, learn_ends: bool = False, rngs: nnx.Rngs) -> Schedule:
+    """Build a schedule by name (one of :data:`NAMES`); raises InputError for others.
+
+    ``learn_ends`` is for ``monotonic``: the linear schedules have it in their names.
+    """
     if name == "fixed-linear":
         return FixedLinear(gamma_min, gamma_max)
+    if name == "fixed-cosine":
+        return FixedCosine(gamma_min, gamma_max)
     if name == "learned-linear":
         return LearnedLinear(gamma_min, gamma_max)
     if name == "monotonic":
-        return MonotonicNetwork(gamma_min, gamma_max, rngs=rngs)
+        return MonotonicNetwork(gamma_min, gamma_max, learn_ends=learn_ends, rngs=rngs)
     raise InputError(f"schedule: '{name}'; {nearest(name, NAMES)}")
 
 

@@ -15,15 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from medvdm import augmentation, vdm, vlb
-from medvdm.errors import InputError
+from medvdm import augmentation, variance, vdm, vlb
+from medvdm.errors import InputError, nearest
+
+OBJECTIVES = ("bound", "variance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +71,17 @@ class TrainConfig:
     """Augmented copies of each training image that the components of a 'linear-start' model are measured on."""
     stratified_times: bool = True
     """Spread the times of a batch evenly (the paper's antithetic sampling) instead of drawing each on its own."""
+    schedule_objective: Literal["bound", "variance"] = "bound"
+    """What trains the interior of a monotonic schedule. The ends, if learned, are always trained by the bound."""
+    schedule_rate: float = 1.0
+    """Learning rate of a learned schedule, as a multiple of the networks'."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{field.name}: {value}; expected a finite number")
-            if value < 0:
+            if not isinstance(value, str) and value < 0:
                 raise InputError(f"{field.name}: {value}; expected 0 or more")
         if self.seed >= 2**31:
             raise InputError(f"seed: {self.seed}; expected less than {2**31}")
@@ -87,6 +94,19 @@ class TrainConfig:
         for name in ("label_dropout", "final_fraction"):
             if getattr(self, name) > 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected a fraction from 0 to 1")
+        if self.schedule_objective not in OBJECTIVES:
+            raise InputError(
+                f"schedule_objective: '{self.schedule_objective}'; {nearest(self.schedule_objective, OBJECTIVES)}"
+            )
+
+
+def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
+    """Raise InputError where the schedule's objective does not fit the model."""
+    if config.schedule_objective == "variance" and (model.schedule != "monotonic" or model.timesteps):
+        raise InputError(
+            f"schedule_objective: 'variance' with schedule '{model.schedule}' and timesteps {model.timesteps}; "
+            "expected schedule 'monotonic' in continuous time (timesteps 0)"
+        )
 
 
 class TrainState(NamedTuple):
@@ -115,12 +135,36 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     return lambda k: config.learning_rate * warmup(k) * cosine(k)
 
 
-def optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with the schedule after it, and clipping before it when asked for."""
+def optimiser(config: TrainConfig, *, learned_schedule: bool = False) -> optax.GradientTransformation:
+    """AdamW with the learning rate after it, and clipping before it when asked for.
+
+    The parameters of a learned noise schedule are a group of their own. They have their own rate and no weight decay,
+    for 0 is no better a place for them than another; nor do they count in the clipped norm, which has another unit.
+    """
+
+    def networks(params: vdm.Params) -> dict[str, bool]:
+        return {name: name != "schedule" for name in params}
+
+    def schedule(params: vdm.Params) -> dict[str, bool]:
+        return {name: name == "schedule" for name in params}
+
+    clip = optax.clip_by_global_norm(config.clip_norm)
     adamw = optax.adamw(
-        learning_rate(config), b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        mask=networks if learned_schedule else None,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if not learned_schedule:
+        return optax.chain(clip, adamw) if config.clip_norm else adamw
+    parts = [optax.masked(clip, networks)] if config.clip_norm else []
+    return optax.chain(*parts, adamw, optax.masked(optax.scale(config.schedule_rate), schedule))
+
+
+def _optimiser(model: vdm.VDMConfig, config: TrainConfig) -> optax.GradientTransformation:
+    return optimiser(config, learned_schedule=not model.schedule.startswith("fixed"))
 
 
 def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
@@ -128,12 +172,51 @@ def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
     params = vdm.new_params(model, config.seed)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     trained, _ = vdm.partition(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(config).init(trained), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config).init(trained), ema)
 
 
 def augmentations(config: TrainConfig) -> dict[str, float]:
     """The settings of :func:`medvdm.augmentation.augment`."""
     return {"shift": config.augment_shift, "size": config.augment_size, "exposure": config.augment_exposure}
+
+
+def terms_of(
+    model: vdm.VDM,
+    config: TrainConfig,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+    probe: vlb.Probe | None = None,
+) -> vlb.Bound:
+    """The terms of the training loss, one value an image, in nats; :func:`times_of` gives their times."""
+    key_bound, key_dropout = jax.random.split(key)
+    keep = None
+    if model.config.classes:
+        keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
+    return vlb.bound(
+        model,
+        images,
+        labels,
+        key=key_bound,
+        keep=keep,
+        stratified=config.stratified_times,
+        with_gradient_difference=config.gradient_difference_weight > 0,
+        probe=probe,
+    )
+
+
+def times_of(config: TrainConfig, n: int, key: jax.Array) -> Float[Array, " n"]:
+    """The times of :func:`terms_of` with the same key."""
+    return vlb.bound_times(jax.random.split(key)[0], n, stratified=config.stratified_times)
+
+
+def mean_loss(
+    terms: vlb.Bound, config: TrainConfig, image_shape: tuple[int, int, int]
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean of the terms over the batch: the training loss in bits per dimension, and what a step reports."""
+    mean = vlb.Bound(*(vlb.bits_per_dim(jnp.mean(term), image_shape) for term in terms))
+    loss = mean.total + config.gradient_difference_weight * mean.gradient_difference
+    return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
 
 
 def loss_fn(
@@ -144,23 +227,49 @@ def loss_fn(
     key: jax.Array,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The training loss in bits per dimension, and its terms."""
-    shape = model.config.image_shape
-    key_bound, key_dropout = jax.random.split(key)
-    keep = None
-    if model.config.classes:
-        keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
-    terms = vlb.bound(
-        model,
-        images,
-        labels,
-        key=key_bound,
-        keep=keep,
-        stratified=config.stratified_times,
-        with_gradient_difference=config.gradient_difference_weight > 0,
+    return mean_loss(terms_of(model, config, images, labels, key), config, model.config.image_shape)
+
+
+def gradient(
+    graph: nnx.GraphDef,
+    config: TrainConfig,
+    params: vdm.Params,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+) -> tuple[vdm.Params, Metrics]:
+    """What the optimiser gets, from one backward pass, and what a step reports; for the trained ``params`` only.
+
+    It is the gradient of :func:`loss_fn`, but with the objective 'variance' the interior of the schedule gets that of
+    the spread of the diffusion loss (:mod:`medvdm.variance`) instead.
+    """
+    n = images.shape[0]
+    trained, measured = vdm.partition(params)
+
+    def of(trained: vdm.Params, probe: vlb.Probe | None) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " n"]]]:
+        model = vdm.merge(graph, trained | measured)
+        terms = terms_of(model, config, images, labels, key, probe)
+        loss, metrics = mean_loss(terms, config, model.config.image_shape)
+        return loss, (metrics, terms.diffusion)
+
+    if config.schedule_objective == "bound":
+        grads, (metrics, _) = jax.grad(of, has_aux=True)(trained, None)
+        return grads, metrics
+    (grads, of_mean), (metrics, losses) = jax.grad(of, argnums=(0, 1), has_aux=True)(
+        trained, vlb.Probe(jnp.zeros(n), jnp.zeros(n))
     )
-    mean = vlb.Bound(*(vlb.bits_per_dim(jnp.mean(term), shape) for term in terms))
-    loss = mean.total + config.gradient_difference_weight * mean.gradient_difference
-    return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
+    # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to that image's nats.
+    by = jax.tree.map(lambda g: n * vlb.nats_per_image(g, images.shape[1:]), of_mean)
+    interior = variance.gradient(
+        lambda schedule: vdm.merge(graph, {**params, "schedule": schedule}).gamma,
+        params["schedule"],
+        times_of(config, n, key),
+        losses,
+        by,
+        stratified=config.stratified_times,
+    )
+    ends = {name: grads["schedule"][name] for name in grads["schedule"] if name == "ends"}
+    return {**grads, "schedule": {**interior, **ends}}, metrics
 
 
 StepFn = Callable[[TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]]
@@ -172,8 +281,9 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
     The key of a step is a function of the seed and the step's number, so a resumed run draws the same noise as one
     that was never interrupted.
     """
+    check(model, config)
     graph = vdm.graph_of(model)
-    optimise = optimiser(config)
+    optimise = _optimiser(model, config)
 
     def step(
         state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
@@ -182,11 +292,7 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat.
         images = augmentation.augment(jax.random.fold_in(key, 1), images, **augmentations(config))
         trained, measured = vdm.partition(state.params)
-
-        def of_trained(trained: vdm.Params) -> tuple[Float[Array, ""], Metrics]:
-            return loss_fn(vdm.merge(graph, trained | measured), config, images, labels, key)
-
-        grads, metrics = jax.grad(of_trained, has_aux=True)(trained)
+        grads, metrics = gradient(graph, config, state.params, images, labels, key)
         updates, opt_state = optimise.update(grads, state.opt_state, trained)
         params = optax.apply_updates(trained, updates) | measured
         ema = state.ema

@@ -39,8 +39,10 @@ class VDMConfig:
     """gamma = -log SNR at t = 0. At -5 the printed diffusion loss and the printed rate fit together."""
     gamma_max: float = 1.0
     """gamma at t = 1."""
-    schedule: Literal["fixed-linear", "learned-linear", "monotonic"] = "fixed-linear"
+    schedule: Literal["fixed-linear", "fixed-cosine", "learned-linear", "monotonic"] = "fixed-linear"
     """How gamma runs from gamma_min to gamma_max."""
+    learn_ends: bool = False
+    """Whether the bound trains the ends of a monotonic schedule too, from gamma_min and gamma_max on."""
     architecture: Literal["residual", "linear-start"] = "residual"
     """The paper's residual MLPs, or networks that start as the linear-Gaussian VDM (see medvdm.linear)."""
     latent: int = 64
@@ -81,6 +83,8 @@ class VDMConfig:
             raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
         if self.schedule not in schedules.NAMES:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.NAMES)}")
+        if self.learn_ends and self.schedule != "monotonic":
+            raise InputError(f"learn_ends: True with schedule '{self.schedule}'; expected schedule 'monotonic'")
 
     @property
     def dimensions(self) -> int:
@@ -98,7 +102,9 @@ class VDM(nnx.Module):
     def __init__(self, config: VDMConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = networks.DTYPES[config.dtype]
-        self.schedule = schedules.make(config.schedule, config.gamma_min, config.gamma_max, rngs=rngs)
+        self.schedule = schedules.make(
+            config.schedule, config.gamma_min, config.gamma_max, learn_ends=config.learn_ends, rngs=rngs
+        )
         sizes = {"inner_width": config.inner_width, "dtype": dtype, "rngs": rngs}
         if config.architecture == "linear-start":
             self.basis = linear.Basis(config.dimensions, config.latent)

@@ -59,6 +59,13 @@ class Diffusion(Protocol):
     ) -> Float[Array, " n"]: ...
 
 
+class Probe(NamedTuple):
+    r"""Small changes of each image's :math:`\gamma(t)` and :math:`\gamma'(t)`, to differentiate by, at 0."""
+
+    gamma: Float[Array, " n"]
+    slope: Float[Array, " n"]
+
+
 class Bound(NamedTuple):
     """The terms of the bound in nats, one value an image (or their mean), plus the gradient-difference term.
 
@@ -97,6 +104,11 @@ def sample_times(key: PRNGKeyArray, n: int, *, stratified: bool = True) -> Float
     return jnp.mod(jax.random.uniform(key, ()) + jnp.arange(n, dtype=jnp.float32) / n, 1.0)
 
 
+def bound_times(key: PRNGKeyArray, n: int, *, stratified: bool = True) -> Float[Array, " n"]:
+    """The uniform numbers with which :func:`bound` draws its times, given the same key."""
+    return sample_times(jax.random.split(key, 3)[1], n, stratified=stratified)
+
+
 def step_index(u: Float[Array, " n"], timesteps: int) -> Int[Array, " n"]:
     """Map u in [0, 1) to a step i in 1..T, so that t = i/T is never 0 and s = (i - 1)/T never negative."""
     return jnp.minimum(jnp.floor(u * timesteps).astype(jnp.int32), timesteps - 1) + 1
@@ -131,6 +143,7 @@ def diffusion_loss(
     label: Float[Array, "n c"],
     u: Float[Array, " n"],
     key: PRNGKeyArray,
+    probe: Probe | None = None,
 ) -> Float[Array, " n"]:
     """L_T or, with ``model.timesteps == 0``, L_infinity by one time and one draw of z_t an image; nats.
 
@@ -139,6 +152,7 @@ def diffusion_loss(
         label: embedded labels, from ``model.embed``.
         u: uniform numbers in [0, 1), as from :func:`sample_times`: the time itself, or what picks the step.
         key: for the noise.
+        probe: added to gamma and its slope (continuous time only).
     """
     if model.timesteps:
         i = step_index(u, model.timesteps)
@@ -147,6 +161,8 @@ def diffusion_loss(
         weight = model.timesteps * jnp.expm1(gamma_t - gamma_s)
     else:
         gamma_t, weight = with_slope(model.gamma, u)
+        if probe is not None:
+            gamma_t, weight = gamma_t + probe.gamma, weight + probe.slope
     eps = jax.random.normal(key, f.shape)
     z_t = gaussian.diffuse(f, eps, gamma_t[:, None])
     error = jnp.sum((eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2, axis=-1)
@@ -175,6 +191,7 @@ def bound(
     keep: Float[Array, " n"] | None = None,
     stratified: bool = True,
     with_gradient_difference: bool = False,
+    probe: Probe | None = None,
 ) -> Bound:
     """One unbiased estimate of each term for each image, in nats.
 
@@ -186,17 +203,17 @@ def bound(
         keep: 0 where the null replaces the label (label dropout); all kept if None.
         stratified: see :func:`sample_times`.
         with_gradient_difference: also compute that term from the same reconstruction (it is 0 otherwise).
+        probe: see :func:`diffusion_loss`.
     """
-    key_z0, key_times, key_zt = jax.random.split(key, 3)
+    key_z0, _, key_zt = jax.random.split(key, 3)
     n = x.shape[0]
+    u = bound_times(key, n, stratified=stratified)
     f = model.encode(x)
     decoded = decode_z0(model, f, key_z0)
     difference = gradient_difference(x, jax.nn.sigmoid(decoded)) if with_gradient_difference else jnp.zeros(n)
     return Bound(
         reconstruction=model.observation_loss(x, decoded),
         prior=prior_loss(model, f),
-        diffusion=diffusion_loss(
-            model, f, model.embed(labels, keep, n=n), sample_times(key_times, n, stratified=stratified), key_zt
-        ),
+        diffusion=diffusion_loss(model, f, model.embed(labels, keep, n=n), u, key_zt, probe),
         gradient_difference=difference,
     )

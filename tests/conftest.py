@@ -8,7 +8,7 @@ import jaxtyping
 import pytest
 
 # Before anything imports the package: every call of these modules is checked against its annotations.
-CHECKED = ("gaussian", "schedules", "vlb", "networks", "likelihoods", "sampling", "training", "vdm")
+CHECKED = ("gaussian", "schedules", "vlb", "networks", "likelihoods", "sampling", "training", "variance", "vdm")
 jaxtyping.install_import_hook([f"medvdm.{name}" for name in CHECKED], "beartype.beartype")
 
 # Compiling takes most of the time of a small run. Compiled code is kept beside pytest's own cache, also for the

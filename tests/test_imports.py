@@ -162,7 +162,14 @@ def test_the_data_know_nothing_of_jax_or_models() -> None:
 
 def test_the_mathematics_know_nothing_of_data_runs_or_the_command_line() -> None:
     high = {f"medvdm.{name}" for name in "data runs fitting evaluation cli options marks plotting config".split()}
-    for module in ("vlb", "vdm", "sampling", "training", *"gaussian schedules networks likelihoods".split()):
+    for module in (
+        "vlb",
+        "vdm",
+        "sampling",
+        "training",
+        "variance",
+        *"gaussian schedules networks likelihoods".split(),
+    ):
         assert not ours(f"medvdm.{module}") & high, module
 
 

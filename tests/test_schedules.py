@@ -30,6 +30,7 @@ def monotonic(low, high, *, seed=0, moved=0.0, learn_ends=False):
 def all_schedules(low=-5.0, high=1.0):
     return [
         schedules.FixedLinear(low, high),
+        schedules.FixedCosine(low, high),
         schedules.LearnedLinear(low, high),
         monotonic(low, high),
         monotonic(low, high, moved=1.0),
@@ -45,6 +46,23 @@ def test_linear_schedules_are_the_line_between_their_ends(pair):
     assert fixed[0] == np.float32(low) and fixed[-1] == np.float32(high)
     np.testing.assert_allclose(fixed, line, atol=1e-5)
     np.testing.assert_allclose(schedules.LearnedLinear(low, high)(GRID), line, atol=2e-5)
+
+
+@quick
+@given(ends)
+def test_cosine_schedule_is_its_formula_between_exact_ends(pair):
+    low, high = pair
+    t = np.asarray(GRID, np.float64)
+    first, last = (np.arctan(np.exp(end / 2)) for end in pair)
+    gamma = np.asarray(schedules.FixedCosine(low, high)(GRID))
+    assert gamma[0] == np.float32(low) and gamma[-1] == np.float32(high)
+    assert np.all(np.diff(gamma) > 0)
+    np.testing.assert_allclose(gamma, 2 * np.log(np.tan((1 - t) * first + t * last)), rtol=2e-5, atol=1e-4)
+
+
+def test_cosine_schedule_has_a_cosine_for_alpha():
+    alpha = jnp.sqrt(jax.nn.sigmoid(-schedules.FixedCosine(-30.0, 30.0)(GRID)))
+    np.testing.assert_allclose(alpha, np.cos(np.pi / 2 * np.asarray(GRID)), atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,7 +126,7 @@ def test_which_schedules_are_trained():
     ("low", "high"), [(1.0, -5.0), (1.0, 1.0), (float("nan"), 1.0), (-5.0, float("inf")), (float("-inf"), 0.0)]
 )
 def test_ends_out_of_order_or_not_finite_are_refused(low, high):
-    for build in (schedules.FixedLinear, schedules.LearnedLinear, monotonic):
+    for build in (schedules.FixedLinear, schedules.FixedCosine, schedules.LearnedLinear, monotonic):
         with pytest.raises(InputError, match="gamma_min"):
             build(low, high)
 
