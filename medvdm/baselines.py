@@ -153,7 +153,7 @@ def water_filling(variances: np.ndarray, level: float) -> np.ndarray:
     variances = np.asarray(variances)
     if not (np.isfinite(level) and level > 0):
         raise InputError(f"level: {level}; expected a positive number")
-    if variances.ndim != 1 or not np.all(variances > 0) or np.any(np.diff(variances) > 0):
+    if variances.ndim != 1 or not (np.all(variances > 0) and np.all(np.diff(variances) <= 0)):
         raise InputError("variances: expected one axis of positive, falling numbers")
     sent = variances[variances > level].astype(np.float64)
     return (1.0 / np.sqrt(1.0 / level - 1.0 / sent)).astype(variances.dtype)
