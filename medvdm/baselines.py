@@ -23,6 +23,7 @@ images, first k, then r. :func:`rate_distortion` chooses r for every k, and so d
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,9 +192,9 @@ def rate_distortion(
     Raises:
         InputError: no validation image, images of another size than the mean, or candidates that cannot be used.
     """
-    validation, x = (images.reshape(len(images), -1) for images in (validation, x))
     if not len(validation):
         raise InputError("validation: 0 images; expected at least 1, to choose the noise on")
+    validation, x = (images.reshape(len(images), math.prod(images.shape[1:])) for images in (validation, x))
     for name, images in (("validation", validation), ("x", x)):
         if images.shape[1] != len(mean):
             raise InputError(f"{name}: {images.shape[1]} pixels an image; expected {len(mean)}, as the mean has")
