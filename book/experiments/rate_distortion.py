@@ -202,8 +202,12 @@ class Trainer:
         row = {"latent": model.latent, "gamma_0": gamma_0, "width": model.embedding_dim, "steps": settings.steps}
         parts = [self.x[split][:192] for split in data.SPLITS]  # of the training images as many as of the test images
         x, ends = jnp.concatenate(parts), np.cumsum([0] + [len(part) for part in parts])
-        *terms, signal = self.terms(params, jnp.float32(gamma_0), x, jax.random.split(jax.random.key(1), 8))
-        reconstruction, rate = (np.asarray(t, np.float64) / LN2 for t in terms)
+        # Stratified times run through the rows in order: mixed, so that each split sees all of them in every draw.
+        mixed = np.random.default_rng(0).permutation(len(x))
+        keys = jax.random.split(jax.random.key(1), 16)
+        *terms, signal = self.terms(params, jnp.float32(gamma_0), x[mixed], keys)
+        back = np.argsort(mixed)
+        reconstruction, rate = (np.asarray(t, np.float64)[back] / LN2 for t in terms)
         excess = reconstruction - floor(np.asarray(x).reshape(len(x), -1)) / LN2
         for split, start, end in zip(data.SPLITS, ends[:-1], ends[1:], strict=True):
             row |= {f"{split}_excess_bits": excess[start:end].mean(), f"{split}_rate_bits": rate[start:end].mean()}
