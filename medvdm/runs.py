@@ -7,6 +7,7 @@
 ``metrics.jsonl``      one line a training step
 ``evaluations.jsonl``  one line a held-out evaluation during training
 ``results/``           one JSON an ``evaluate`` call
+``audits/``            one JSON an ``audit`` call
 ``MODEL_CARD.md``      the model card, made from the files above
 =====================  ===================================================================================
 """
@@ -28,14 +29,15 @@ import numpy as np
 from medvdm import baselines as baselines_
 from medvdm import config as config_
 from medvdm import data as data_
-from medvdm import devices, evaluation, marks, sampling, vdm
+from medvdm import devices, evaluation, marks, quality, sampling, vdm
 from medvdm.checkpoints import Checkpoints
 from medvdm.config import RunConfig
 from medvdm.data import DataConfig, ImageData
-from medvdm.errors import InputError, MissingFileError, RunError
+from medvdm.errors import DataError, InputError, MissingFileError, RunError
 
 CONFIG, BASELINES, CHECKPOINTS = "config.json", "baselines.npz", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
+AUDITS = "audits"
 
 
 def version() -> str:
@@ -247,9 +249,7 @@ def evaluate(
     data = load_data(run) if data is None else data
     same = data.fingerprint() == run.record["data"]["fingerprint"]
     if own and not same:
-        raise RunError(
-            f"{run.path}: the data is no longer what the run was trained on (names, labels or pixels differ)"
-        )
+        raise _changed(run)
     labelled = run.config.model.classes > 0 and not null
     if labelled and data.class_names != run.class_names:
         raise InputError(
@@ -281,6 +281,10 @@ def evaluate(
         write_json(run.path / RESULTS / f"{name}.json", result)
         write_card(run.path)
     return result
+
+
+def _changed(run: Run) -> RunError:
+    return RunError(f"{run.path}: the data is no longer what the run was trained on (names, labels or pixels differ)")
 
 
 def write_card(path: Path) -> None:
@@ -389,3 +393,87 @@ def sample(
         states=drawn.states,
         times=drawn.times,
     )
+
+
+def audit(
+    run: Run,
+    data: ImageData | None = None,
+    *,
+    num: int = 256,
+    steps: int = 250,
+    label: str | None = None,
+    guidance: float = 0.0,
+    split: str = "test",
+    seed: int = 0,
+    save: bool = True,
+) -> dict[str, Any]:
+    """Draw samples and audit them, with the same audits of real training images and of the linear-Gaussian VDM.
+
+    Args:
+        run: from :func:`load`.
+        data: the run's own data, where it has to be given again; loaded if None.
+        num: how many samples.
+        steps, label, guidance: as in :func:`sample`.
+        split: the real images that all are held against, 'val' or 'test'. With a label, those that have it.
+        seed: of the samples, the pairs and the folds.
+        save: also write the result into the run's folder, under ``audits/``.
+
+    Returns:
+        ``samples``, ``real`` and ``linear_gaussian`` (None without one), each as :func:`medvdm.quality.audit` returns
+        it, and what they were computed from. ``real`` holds training images, of other patients than the held-out ones:
+        the yardstick. As each is looked up among the training images of *other* patients, it is no copy of itself.
+
+    Raises:
+        InputError: fewer than 10 samples, another split, or as in :func:`sample`.
+        RunError: data that the run was not trained on.
+        DataError: the split has no image, or none with the label.
+    """
+    if num < 10:
+        raise InputError(f"num: {num}; expected at least 10")
+    if split not in ("val", "test"):
+        raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
+    data = load_data(run) if data is None else data
+    if data.fingerprint() != run.record["data"]["fingerprint"]:
+        raise _changed(run)
+    train, held_out = data.indices("train"), data.indices(split)
+    alike = train
+    if label is not None:
+        index = data_.index_of(label, run.class_names, "label")
+        held_out, alike = (i[data.labels[i, index] > 0] for i in (held_out, train))
+        if not len(held_out) or not len(alike):
+            raise DataError(f"{data.name}: no image of '{label}' in '{split}' or 'train'; expected some of either")
+    drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
+    known = np.sort(np.random.default_rng(seed).permutation(alike)[: max(num, len(held_out))])
+    linear = run.baselines.sample(num, seed)
+    sets: dict[str, tuple[np.ndarray, np.ndarray | None] | None] = {
+        "samples": (drawn, None),
+        "real": (data.read(known), data.patients[known]),
+        "linear_gaussian": None if linear is None else (linear.reshape(drawn.shape), None),
+    }
+    shared = {
+        "real": data.read(held_out),
+        "train": data.read(train),
+        "space": quality.Space(run.baselines.mean, run.baselines.components, run.baselines.variances),
+        "real_groups": data.patients[held_out],
+        "seed": seed,
+    }
+    audits = {
+        name: None
+        if given is None
+        else quality.audit(
+            given[0], groups=given[1], train_groups=None if given[1] is None else data.patients[train], **shared
+        )
+        for name, given in sets.items()
+    }
+    result = {
+        **run.provenance(seed=seed, steps_sampled=steps, label=label, guidance=guidance),
+        "split": split,
+        "num_held_out": len(held_out),
+        **audits,
+    }
+    if save:
+        (run.path / AUDITS).mkdir(exist_ok=True)
+        name = f"{split}-{run.step}-{run.weights}-{num}x{steps}-seed{seed}"
+        name += "" if label is None else f"-{data_.index_of(label, run.class_names, 'label')}-w{guidance:g}"
+        write_json(run.path / AUDITS / f"{name}.json", result)
+    return result
