@@ -121,9 +121,10 @@ def pair_similarity(
         raise InputError(f"images: {n} of one patient; expected at least two patients")
     order = np.random.default_rng(seed).permutation(n)
     turns = min(-(-pairs // n), n // 2)  # in turn s, each image meets the one s places on: all take part equally
-    first = np.concatenate([order] * turns)
-    second = np.concatenate([np.roll(order, -s) for s in range(1, turns + 1)])
-    kept = groups[first] != groups[second]
+    turn, place = np.divmod(np.arange(turns * n), n)
+    first, second = order[place], order[(place + turn + 1) % n]
+    once = (2 * (turn + 1) < n) | (2 * place < n)  # at half a circle, the second half meets whom it has met
+    kept = once & (groups[first] != groups[second])
     first, second = first[kept], second[kept]
     size = max(1, 2**22 // images[0].size)
     parts = [ms_ssim(images[first[i : i + size]], images[second[i : i + size]]) for i in range(0, len(first), size)]
