@@ -16,7 +16,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,8 +118,8 @@ def _dispatch(argv: list[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-def _parse(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
-    """Parse with tyro; its boxed complaint becomes one line."""
+def parse(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
+    """Parse a command's options with tyro; its boxed complaint becomes one line, an InputError."""
     import tyro
 
     said = io.StringIO()
@@ -144,10 +143,8 @@ def _parse(kind: type[T], argv: list[str], command: str, default: T | None = Non
 
 def _train(argv: list[str]) -> int:
     from medvdm import config as config_
-    from medvdm import runs
-    from medvdm.config import RunConfig
-    from medvdm.options import Model, Train
-    from medvdm.vdm import VDMConfig
+    from medvdm import options, runs
+    from medvdm.options import Train
 
     start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     start.add_argument("--preset", nargs="?")
@@ -162,26 +159,10 @@ def _train(argv: list[str]) -> int:
             raise InputError(f"preset: '{early.preset}'; expected '{base.preset}', with which {early.out} was started")
     else:
         base = config_.preset(early.preset or "demo")
-    defaults = Train(
-        out="",
-        preset=base.preset,
-        conditional=base.conditional,
-        data=base.data,
-        model=Model(**vars(base.model)),
-        training=base.training,
-        keep=base.keep,
-    )
-    args = _parse(Train, argv, "train", defaults)
+    args = parse(Train, argv, "train", options.train_defaults(base))
     if not args.out:
         raise InputError("--out: missing; expected the folder of the run")
-    config = RunConfig(
-        preset=args.preset,
-        conditional=args.conditional,
-        data=args.data,
-        model=VDMConfig(**{f.name: getattr(args.model, f.name) for f in fields(VDMConfig)}),
-        training=args.training,
-        keep=args.keep,
-    )
+    config = options.run_config(args)
 
     from medvdm import devices, fitting
 
@@ -198,7 +179,7 @@ def _train(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     from medvdm.options import Evaluate
 
-    args = _parse(Evaluate, argv, "evaluate")
+    args = parse(Evaluate, argv, "evaluate")
 
     from medvdm import runs
 
@@ -250,7 +231,7 @@ def _table(r: dict[str, Any]) -> str:
 def _sample(argv: list[str]) -> int:
     from medvdm.options import Sample
 
-    args = _parse(Sample, argv, "sample")
+    args = parse(Sample, argv, "sample")
 
     from medvdm import marks, runs
 
@@ -322,7 +303,7 @@ def _benchmark(argv: list[str]) -> int:
     from medvdm import config as config_
     from medvdm.options import Benchmark
 
-    args = _parse(Benchmark, argv, "benchmark")
+    args = parse(Benchmark, argv, "benchmark")
     config = config_.preset(args.preset, batch_size=args.batch_size)
     if args.image_size is not None:
         config = config_.change(config, image_size=args.image_size)

@@ -72,7 +72,7 @@ def fit(
         data = data_.load(config.data)
     else:
         config = replace(config, data=replace(config.data, data=data.name))
-    config = _fill_in(config, data)
+    config = fill_in(config, data)
     layout = Layout(config.training.batch_size)
     training_indices(data, config.training.batch_size)  # refuses a batch that is too large
     if resume:
@@ -114,10 +114,16 @@ def _check_out(out: Path, resume: bool) -> None:
         raise RunError(f"out: {out} holds a run already; expected a new folder, or --resume to continue it")
 
 
-def _fill_in(config: RunConfig, data: ImageData) -> RunConfig:
-    """The model's image shape and classes come from the data."""
+def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
+    """The config with the model's image shape and classes, which come from the data."""
     classes = len(data.class_names) if config.conditional else 0
     return replace(config, model=replace(config.model, image_shape=data.image_shape, classes=classes))
+
+
+def first_state(config: RunConfig, layout: Layout) -> training.TrainState:
+    """The state at step 0 of a config that is filled in, on the devices of ``layout``."""
+    init = jax.jit(lambda: training.init_state(config.model, config.training), out_shardings=layout.replicated)
+    return init()
 
 
 def _check_same(out: Path, config: RunConfig, data: ImageData) -> None:
@@ -203,9 +209,8 @@ def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, pro
                 create=True,
             )
         )
-        init = jax.jit(lambda: training.init_state(config.model, settings), out_shardings=layout.replicated)
         if checkpoints.latest() is None:
-            state = init()
+            state = first_state(config, layout)
         else:
             shapes = jax.eval_shape(lambda: training.init_state(config.model, settings))
             state = checkpoints.restore(

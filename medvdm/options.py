@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tyro.conf import Positional, Suppress
 
-from medvdm.config import PRESETS, KeepConfig
+from medvdm.config import PRESETS, KeepConfig, RunConfig
 from medvdm.data import DataConfig
 from medvdm.training import TrainConfig
 from medvdm.vdm import VDMConfig
@@ -48,6 +48,31 @@ class Train:
     """Number of processes."""
     process_id: int = 0
     """Which of them this is."""
+
+
+def train_defaults(config: RunConfig) -> Train:
+    """The options of ``train`` that stand for a config, before the user changes any."""
+    return Train(
+        out="",
+        preset=config.preset,
+        conditional=config.conditional,
+        data=config.data,
+        model=Model(**vars(config.model)),
+        training=config.training,
+        keep=config.keep,
+    )
+
+
+def run_config(options: Train) -> RunConfig:
+    """The config that the options of ``train`` stand for; the inverse of :func:`train_defaults`."""
+    return RunConfig(
+        preset=options.preset,
+        conditional=options.conditional,
+        data=options.data,
+        model=VDMConfig(**{f.name: getattr(options.model, f.name) for f in fields(VDMConfig)}),
+        training=options.training,
+        keep=options.keep,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

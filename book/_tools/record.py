@@ -1,9 +1,12 @@
-"""Turn the folder of a finished run into a small record that chapters read: book/results/NAME.json.
+"""Small records of long work, which chapters read: book/results/NAME.json.
 
-    python book/_tools/record.py RUN NAME [--commit HASH]
+    python book/_tools/record.py run RUN NAME [--commit HASH]   from the folder of a finished `medvdm train`
+    python book/_tools/record.py refresh [NAME ...]             renew the phantom curves, and the settings, of records
 
-A record holds the one command that repeats the run, its whole configuration, where and with what it ran, its losses
-(means over bins of steps, at most 200 of them) and all its evaluations. It holds no image and no path of a machine.
+Experiments (book/experiments/*.py) write theirs with :func:`experiment`. Every record follows ``record.schema.json``:
+it names the one command that repeats it, version, commit, environment, seed and seconds, and it carries the losses of
+20 steps on the phantom with its settings. Those are cheap, so a test takes them again and compares: the long numbers
+are history, the short curve is alive. A record holds no image and no path of a machine.
 """
 
 from __future__ import annotations
@@ -17,17 +20,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+from medvdm import cli, fitting, options, pipeline, runs, training
 from medvdm import config as config_
-from medvdm import runs
+from medvdm import data as data_
 from medvdm.config import RunConfig
+from medvdm.devices import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
+SCHEMA = json.loads(Path(__file__).with_name("record.schema.json").read_text("utf8"))
 TERMS = ("reconstruction_bpd", "diffusion_bpd", "latent_bpd", "vlb_bpd")
 BINS = 200
+STEPS = 20
+#: What the 20 steps on the phantom change in a record's settings: small images, so that each step is cheap.
+PHANTOM = {"data": "phantom", "data_dir": None, "image_size": 32, "num_images": 100, "patient_pattern": None}
 
 
-def command(config: RunConfig) -> str:
+# --- Commands -----------------------------------------------------------------------------------------------------
+
+
+def train_command(config: RunConfig) -> str:
     """The line that repeats a run: its preset and each setting that differs from it."""
     preset = config_.flat(config_.preset(config.preset))
     words = ["medvdm", "train", "--preset", config.preset]
@@ -42,25 +55,140 @@ def command(config: RunConfig) -> str:
     return shlex.join([*words, "--out", "RUN"])
 
 
-def make(run: Path, name: str, commit: str) -> dict[str, Any]:
-    """The record of the run in a folder."""
+def parse_train(command: str) -> RunConfig:
+    """The settings that a line of :func:`train_command` gives; raises InputError where it no longer parses."""
+    words = shlex.split(command)
+    assert words[:3] == ["medvdm", "train", "--preset"], command
+    defaults = options.train_defaults(config_.preset(words[3]))
+    return options.run_config(cli.parse(options.Train, words[2:], "train", defaults))
+
+
+def experiment_command() -> str:
+    """The running script as one line: the data folder is DIR, and a run's folder its name."""
+    words, folder = ["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()], False
+    for word in sys.argv[1:]:
+        words.append("DIR" if folder else Path(word).name if runs.holds_run(Path(word)) else word)
+        folder = word == "--data-dir"
+    return shlex.join(words)
+
+
+# --- Records ------------------------------------------------------------------------------------------------------
+
+
+def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
+    """The record of a finished run: binned losses and all evaluations."""
     start, config = runs.read_record(run)
     steps = runs.read_lines(run / runs.METRICS)
     evaluations = [runs.read_json(path) for path in sorted((run / runs.RESULTS).glob("*.json"))]
     return {
+        "schema": SCHEMA["properties"]["schema"]["const"],
+        "kind": "run",
         "name": name,
-        "command": command(config),
+        "command": train_command(config),
         "version": start["version"],
         "commit": commit,
         "environment": start["environment"],
         "seed": config.training.seed,
         "seconds": round(sum(1 / line["steps_per_second"] for line in steps)),
-        "config": config_.to_json(config_.change(config, data_dir=None)),
+        "config": _settings(config),
         "data": start["data"],
         "metrics": _binned(steps),
         "validation": runs.read_lines(run / runs.EVALUATIONS),
         "evaluations": sorted(({**e, "run": name} for e in evaluations), key=lambda e: (e["split"], e["step"])),
+        "phantom": phantom_curve(config),
     }
+
+
+def experiment(name: str, *, config: RunConfig, seconds: float, results: dict[str, Any]) -> Path:
+    """Write the record of the experiment that is running.
+
+    Args:
+        name: of the file in book/results.
+        config: the settings that stand for it, those that were trained most; they give the phantom's curve.
+        seconds: that it took.
+        results: tables, as lists of flat dicts. Numbers are kept to six digits.
+    """
+    entry = {
+        "schema": SCHEMA["properties"]["schema"]["const"],
+        "kind": "experiment",
+        "name": name,
+        "command": experiment_command(),
+        "version": runs.version(),
+        "commit": commit_here(),
+        "environment": runs.environment(),
+        "seed": config.training.seed,
+        "seconds": round(seconds),
+        "config": _settings(config),
+        "results": _rounded(results),
+        "phantom": phantom_curve(config),
+    }
+    return write(entry)
+
+
+def write(entry: dict[str, Any]) -> Path:
+    """Check a record against the schema and write it."""
+    jsonschema.validate(entry, SCHEMA)
+    path = RESULTS / f"{entry['name']}.json"
+    runs.write_text(path, json.dumps(entry, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size:,} bytes", file=sys.stderr)
+    return path
+
+
+def refreshed(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same record with the settings as this version names them, and the phantom's curve of today."""
+    if entry["kind"] == "run":
+        told = parse_train(entry["command"])
+        model = {**entry["config"]["model"]}
+        config = config_.change(told, image_shape=tuple(model["image_shape"]), classes=model["classes"], data_dir=None)
+    else:
+        config = config_.from_json(_completed(entry["config"]), where=entry["name"])
+    return {**entry, "config": _settings(config), "phantom": phantom_curve(config)}
+
+
+def phantom_curve(config: RunConfig) -> dict[str, Any]:
+    """The bound of the first 20 training steps with these settings on the phantom, bits per dimension."""
+    config = config_.change(config, **PHANTOM, batch_size=min(config.training.batch_size, 8))
+    images = data_.load(config.data)
+    config = fitting.fill_in(config, images)
+    state = fitting.first_state(config, Layout(1))
+    step = training.jit_step(config.model, config.training)
+    batches = pipeline.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
+    losses = []
+    for _ in range(STEPS):
+        x, labels = next(batches)
+        state, metrics = step(state, x, labels if config.model.classes else None)
+        losses.append(float(f"{float(metrics.vlb_bpd):.6g}"))
+    return {"image_size": PHANTOM["image_size"], "batch_size": config.training.batch_size, "vlb_bpd": losses}
+
+
+def commit_here() -> str:
+    """The commit that is checked out."""
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return config_.to_json(config_.change(config, data_dir=None))
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older version, with the defaults of those that have come since."""
+    now = config_.to_json(config_.preset("paper"))
+    return {
+        name: {**default, **settings[name]} if isinstance(default, dict) else settings[name]
+        for name, default in now.items()
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value
 
 
 def _binned(steps: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -75,19 +203,19 @@ def _binned(steps: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--commit", help="of the code that made the run; the one checked out by default")
-    options = parser.parse_args(arguments)
-    commit = (
-        options.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
-    path = RESULTS / f"{options.name}.json"
-    runs.write_text(path, json.dumps(make(options.run, options.name, commit), indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size:,} bytes")
+    commands = parser.add_subparsers(dest="what", required=True)
+    make = commands.add_parser("run")
+    make.add_argument("run", type=Path)
+    make.add_argument("name")
+    make.add_argument("--commit", help="of the code that made the run; the one checked out by default")
+    renew = commands.add_parser("refresh")
+    renew.add_argument("names", nargs="*")
+    asked = parser.parse_args(arguments)
+    if asked.what == "run":
+        write(of_run(asked.run, asked.name, asked.commit or commit_here()))
+        return 0
+    for name in asked.names or sorted(path.stem for path in RESULTS.glob("*.json")):
+        write(refreshed(json.loads((RESULTS / f"{name}.json").read_text("utf8"))))
     return 0
 
 
