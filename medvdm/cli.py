@@ -268,33 +268,34 @@ def _audit(argv: list[str]) -> int:
 
 def _audit_table(r: dict[str, Any]) -> str:
     """The result of an audit for people."""
-    columns = {"samples": "samples", "real": "real", "linear_gaussian": "lin.-Gauss"}
+    heads = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
+    columns = {name: head for name, head in heads.items() if name in r}
 
-    def line(name: str, key: str, digits: int = 3) -> str:
-        cells = ["" if r[c] is None else f"{r[c][key]:.{digits}f}" for c in columns]
-        for i, c in enumerate(columns):
-            if r[c] is not None and f"{key}_stderr" in r[c]:
-                cells[i] += f" +- {r[c][f'{key}_stderr']:.{digits}f}"
-        return f"  {name:<36}" + "".join(f"{cell:>17}" for cell in cells)
+    def line(name: str, key: str, digits: int = 2) -> str:
+        cells = [f"{r[column][key]:.{digits}f}" for column in columns]
+        if f"{key}_stderr" in r["samples"]:
+            cells = [f"{c} +- {r[column][f'{key}_stderr']:.2f}" for c, column in zip(cells, columns, strict=True)]
+        return f"  {name:<34}" + "".join(f"{cell:>14}" for cell in cells)
 
     of = "" if r["label"] is None else f", label '{r['label']}', guidance {r['guidance']:g}"
     return "\n".join(
         [
             f"{r['run']} at step {r['step']}, {r['weights']} weights: "
             f"{r['samples']['num_images']} samples, T = {r['steps_sampled']}{of}",
-            f"against {r['num_held_out']} images of the split '{r['split']}'; real: training images, the yardstick",
-            f"  {'':<36}" + "".join(f"{head:>17}" for head in columns.values()),
-            line("MS-SSIM of pairs within the set", "ms_ssim"),
+            f"held against the {r['num_held_out']} images of the split '{r['split']}'",
+            f"  {'':<34}" + "".join(f"{head:>14}" for head in columns.values()),
+            line("likeness of pairs (MS-SSIM)", "ms_ssim"),
             line("power, coarse scales (real: 1)", "power_low"),
             line("power, middle scales", "power_middle"),
             line("power, fine scales", "power_high"),
             line("distance of gray histograms", "gray_distance", 4),
-            line("classifier's AUC, 8 PCA scores", "c2st_coarse"),
-            line("classifier's AUC, 64 PCA scores", "c2st_pca"),
-            line("classifier's AUC, power spectrum", "c2st_spectrum"),
+            line("classifier's AUC: 8 PCA scores", "c2st_coarse"),
+            line("classifier's AUC: 64 PCA scores", "c2st_pca"),
+            line("classifier's AUC: power spectrum", "c2st_spectrum"),
             line("nearest training image, pixels", "nearest_pixel", 4),
             line("  the smallest of the set", "nearest_pixel_least", 4),
             line("nearest training image, PCA", "nearest_pca", 4),
+            "decoded: the held-out images through encoder and decoder; real: training images, the yardstick",
         ]
     )
 

@@ -407,7 +407,7 @@ def audit(
     seed: int = 0,
     save: bool = True,
 ) -> dict[str, Any]:
-    """Draw samples and audit them, with the same audits of real training images and of the linear-Gaussian VDM.
+    """Draw samples and audit them; the same audits of :func:`audit_sets` stand beside them.
 
     Args:
         run: from :func:`load`.
@@ -419,57 +419,30 @@ def audit(
         save: also write the result into the run's folder, under ``audits/``.
 
     Returns:
-        ``samples``, ``real`` and ``linear_gaussian`` (None without one), each as :func:`medvdm.quality.audit` returns
-        it, and what they were computed from. ``real`` holds training images, of other patients than the held-out ones:
-        the yardstick. As each is looked up among the training images of *other* patients, it is no copy of itself.
+        For each set, the result of :func:`medvdm.quality.audit`, and what they were computed from.
 
     Raises:
         InputError: fewer than 10 samples, another split, or as in :func:`sample`.
         RunError: data that the run was not trained on.
         DataError: the split has no image, or none with the label.
     """
-    if num < 10:
-        raise InputError(f"num: {num}; expected at least 10")
-    if split not in ("val", "test"):
-        raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
     data = load_data(run) if data is None else data
-    if data.fingerprint() != run.record["data"]["fingerprint"]:
-        raise _changed(run)
-    train, held_out = data.indices("train"), data.indices(split)
-    alike = train
-    if label is not None:
-        index = data_.index_of(label, run.class_names, "label")
-        held_out, alike = (i[data.labels[i, index] > 0] for i in (held_out, train))
-        if not len(held_out) or not len(alike):
-            raise DataError(f"{data.name}: no image of '{label}' in '{split}' or 'train'; expected some of either")
-    drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
-    known = np.sort(np.random.default_rng(seed).permutation(alike)[: max(num, len(held_out))])
-    linear = run.baselines.sample(num, seed)
-    sets: dict[str, tuple[np.ndarray, np.ndarray | None] | None] = {
-        "samples": (drawn, None),
-        "real": (data.read(known), data.patients[known]),
-        "linear_gaussian": None if linear is None else (linear.reshape(drawn.shape), None),
-    }
+    sets = audit_sets(run, data, num=num, steps=steps, label=label, guidance=guidance, split=split, seed=seed)
+    train = data.indices("train")
+    held_out, patients = sets.pop("held_out")
     shared = {
-        "real": data.read(held_out),
+        "real": held_out,
         "train": data.read(train),
         "space": quality.Space(run.baselines.mean, run.baselines.components, run.baselines.variances),
-        "real_groups": data.patients[held_out],
+        "real_groups": patients,
+        "train_groups": data.patients[train],
         "seed": seed,
-    }
-    audits = {
-        name: None
-        if given is None
-        else quality.audit(
-            given[0], groups=given[1], train_groups=None if given[1] is None else data.patients[train], **shared
-        )
-        for name, given in sets.items()
     }
     result = {
         **run.provenance(seed=seed, steps_sampled=steps, label=label, guidance=guidance),
         "split": split,
         "num_held_out": len(held_out),
-        **audits,
+        **{name: quality.audit(images, groups=groups, **shared) for name, (images, groups) in sets.items()},
     }
     if save:
         (run.path / AUDITS).mkdir(exist_ok=True)
@@ -477,3 +450,61 @@ def audit(
         name += "" if label is None else f"-{data_.index_of(label, run.class_names, 'label')}-w{guidance:g}"
         write_json(run.path / AUDITS / f"{name}.json", result)
     return result
+
+
+def audit_sets(
+    run: Run,
+    data: ImageData,
+    *,
+    num: int,
+    steps: int,
+    label: str | None = None,
+    guidance: float = 0.0,
+    split: str = "test",
+    seed: int = 0,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The sets of images that an audit compares, each with the name of every image's patient.
+
+    ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
+    be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, training images;
+    ``held_out``, the real images that all others are held against. A drawn image is a patient of its own.
+
+    Raises:
+        as :func:`audit`.
+    """
+    if num < 10:
+        raise InputError(f"num: {num}; expected at least 10")
+    if split not in ("val", "test"):
+        raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
+    if data.fingerprint() != run.record["data"]["fingerprint"]:
+        raise _changed(run)
+    train, held_out = data.indices("train"), data.indices(split)
+    if label is not None:
+        index = data_.index_of(label, run.class_names, "label")
+        train, held_out = (i[data.labels[i, index] > 0] for i in (train, held_out))
+        if not len(train) or not len(held_out):
+            raise DataError(f"{data.name}: no image of '{label}' in '{split}' or 'train'; expected some in both")
+    drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
+    known = np.sort(np.random.default_rng(seed).permutation(train)[: max(num, len(held_out))])
+    x, key = data.read(held_out), jax.random.key(seed)
+    size = min(len(x), 64)
+    rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
+    decoded = [
+        evaluation.reconstruct(run.params, x[part], jax.random.fold_in(key, i), graph=run.graph)
+        for i, part in enumerate(rows)
+    ]
+    linear = run.baselines.sample(num, seed)
+    sets = {
+        "samples": (drawn, _strangers("sample", num)),
+        "decoded": (np.concatenate(decoded)[: len(x)], data.patients[held_out]),
+        "linear_gaussian": None
+        if linear is None
+        else (linear.reshape(drawn.shape), _strangers("linear-gaussian sample", num)),
+        "real": (data.read(known), data.patients[known]),
+        "held_out": (x, data.patients[held_out]),
+    }
+    return {name: given for name, given in sets.items() if given is not None}
+
+
+def _strangers(name: str, num: int) -> np.ndarray:
+    return np.array([f"{name} {i}" for i in range(num)])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from helpers import Trained, refused, said
 from scipy.special import ndtr
 from scipy.stats import wasserstein_distance
@@ -17,7 +16,7 @@ from skimage.metrics import structural_similarity
 import medvdm
 from medvdm import baselines, quality, runs
 from medvdm.data import phantom
-from medvdm.errors import DataError, InputError, RunError
+from medvdm.errors import InputError, RunError
 from medvdm.evaluation import clustered_stderr
 
 
@@ -347,7 +346,7 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert err == "" and out.count("\n") == 1
     assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("val", 3, 12)
-    assert set(result["samples"]) == set(result["real"])
+    assert set(result["samples"]) == set(result["decoded"]) == set(result["real"])
     text, _ = said(capfd, "audit", run, *options)
     for name in ("ms_ssim", "power_high", "c2st_coarse"):
         assert f"{result['samples'][name]:.3f}" in text and f"{result['real'][name]:.3f}" in text
