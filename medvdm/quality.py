@@ -407,10 +407,10 @@ def audit(
         [0, 1]: in the space of the components, the root mean square over *pixels* of the projected difference.
 
     Raises:
-        InputError: images smaller than 11 pixels a side, or a set of fewer than five patients.
+        InputError: images smaller than 11 pixels a side, or a set of fewer than four patients.
     """
     images, real, train = _images(images, "images"), _images(real, "real"), _images(train, "train")
-    k = min(64, len(space.components))
+    k, sets = min(64, len(space.components)), ((images, groups), (real, real_groups))
     out: dict[str, Any] = {"num_images": len(images)}
     out["ms_ssim"], out["ms_ssim_stderr"] = pair_similarity(images, groups, seed=seed)
     powers, real_powers = power_spectrum(images), power_spectrum(real)
@@ -422,8 +422,12 @@ def audit(
         "pca": lambda x: pca_features(x, *space),
         "spectrum": spectrum_features,
     }
+    patients = [len(x) if g is None else len(set(np.asarray(g).tolist())) for x, g in sets]
+    if min(patients) < 4:
+        raise InputError(f"images and real: {patients[0]} and {patients[1]} patients; expected at least 4 of each")
+    folds = min(FOLDS, *(p // 2 for p in patients))  # an error needs two patients a fold
     for name, features in spaces.items():
-        found = two_sample(features(images), features(real), groups, real_groups, seed=seed)
+        found = two_sample(features(images), features(real), groups, real_groups, folds=folds, seed=seed)
         out[f"c2st_{name}"], out[f"c2st_{name}_stderr"] = found
     pixel, _ = nearest(images, train, groups, train_groups)
     project = lambda x: (x.reshape(len(x), -1) - space.mean) @ space.components[:k].T  # noqa: E731

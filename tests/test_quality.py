@@ -133,15 +133,15 @@ def test_a_wave_is_found_at_its_frequency_and_with_its_power(shape: tuple[int, i
     assert total == pytest.approx(0.3**2 / 2, rel=0.01)
 
 
-def test_blur_takes_power_from_fine_scales_only(phantoms: np.ndarray) -> None:
-    from scipy.ndimage import gaussian_filter
-
-    blurred = gaussian_filter(phantoms, (0, 1, 1, 0), mode="wrap")
-    ratio = quality.power_spectrum(blurred).mean(axis=0) / quality.power_spectrum(phantoms).mean(axis=0)
-    transfer = np.exp(-((2 * np.pi * np.arange(1, 17) / 32) ** 2))  # of a Gaussian of deviation 1, squared
-    coarse, _, fine = quality.bands(16)
-    np.testing.assert_allclose(ratio[coarse], transfer[coarse], rtol=0.15)
-    assert ratio[fine].max() < 0.5 < ratio[coarse].min()
+def test_blur_shows_as_its_transfer_function(rng: np.random.Generator) -> None:
+    """White noise through a Gaussian of deviation 1 pixel, as a product of Fourier coefficients."""
+    x = rng.standard_normal((300, 64, 64, 1))
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
+    transfer = np.exp(-2 * (np.pi * frequency) ** 2)[..., None]
+    blurred = np.fft.ifft2(np.fft.fft2(x, axes=(1, 2)) * transfer, axes=(1, 2)).real
+    ratio = quality.power_spectrum(blurred).mean(axis=0) / quality.power_spectrum(x).mean(axis=0)
+    k = np.arange(1, 33)
+    np.testing.assert_allclose(ratio[2:24], np.exp(-4 * (np.pi * k[2:24] / 64) ** 2), rtol=0.06)
 
 
 @pytest.mark.parametrize("num", [5, 8, 16, 32, 128])
@@ -341,11 +341,11 @@ def test_bad_input_is_refused_in_one_line(phantoms: np.ndarray) -> None:
 
 def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     card = (run / "MODEL_CARD.md").read_text()
-    options = ("--num", "12", "--steps", "3", "--split", "val")
+    options = ("--num", "12", "--steps", "3", "--split", "test")
     out, err = said(capfd, "audit", run, *options, "--json")
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert err == "" and out.count("\n") == 1
-    assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("val", 3, 12)
+    assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("test", 3, 12)
     assert set(result["samples"]) == set(result["decoded"]) == set(result["real"])
     text, _ = said(capfd, "audit", run, *options)
     for name in ("ms_ssim", "power_high", "c2st_coarse"):
@@ -364,6 +364,7 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
         ("--num 9", ["num: 9", "at least 10"]),
         ("--steps 0", ["steps: 0"]),
         ("--split train", ["split: 'train'", "'test'"]),
+        ("--split val", ["3 patients", "at least 4"]),
         ("--label pneumonai", ["label", "did you mean 'Pneumonia'?"]),
         ("--guidance 2", ["guidance: 2.0", "label"]),
         ("--seed -1", ["seed: -1"]),
@@ -379,7 +380,7 @@ def test_audit_refuses(options: str, names: list[str], run: Path, capfd: pytest.
 
 def test_audit_of_no_run_and_of_other_data(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "audit", tmp_path / "nothing", names=[str(tmp_path / "nothing"), "not found"])
-    refused(capfd, "audit", names=["RUN"])
+    refused(capfd, "audit", names=["Folder of the run"])
     loaded = runs.load(trained.path)
     other = medvdm.data.load(medvdm.DataConfig(num_images=60, image_size=16, data_seed=1))
     with pytest.raises(RunError, match="no longer"):
