@@ -9,6 +9,7 @@ real training images:
 * `classifiers`: it is fitted on real training images and asked about held-out ones, raw and decoded (through the
   model's encoder and decoder, so with what a latent can keep); k is chosen on validation patients, test is looked at
   once for each model;
+* `brightness`: the AUC of "the darker image is the one labelled pneumonia", from the mean gray value alone;
 * `samples`: asked about samples of each class and guidance weight; the MS-SSIM of pairs of one class beside it;
 * `transfer`: fitted on samples of both classes, asked about real test images;
 * `null`: guidance 0 against the conditional model, the null against the unconditional model.
@@ -124,6 +125,15 @@ def classifiers(task: Task) -> list[dict[str, object]]:
         }
     )
     return rows
+
+
+def brightness(task: Task) -> list[dict[str, object]]:
+    """How far one number goes: the mean gray value, the darker the sicker."""
+    return [
+        {"data": task.data.name, "images": split}
+        | told(quality.auc(-task.x[split].mean(axis=(1, 2, 3)), task.y[split], task.patients[split]))
+        for split in ("train", "test")
+    ]
 
 
 def told(estimate: quality.Estimate) -> dict[str, float]:
@@ -276,11 +286,13 @@ def main() -> None:
     start = time.perf_counter()
     tables: dict[str, list[dict[str, object]]] = {
         "classifiers": [],
+        "brightness": [],
         "samples": [],
         "transfer": [],
     }
     for task in tasks:
         tables["classifiers"] += classifiers(task)
+        tables["brightness"] += brightness(task)
         samples, transfer, shown = conditional(task)
         tables["samples"] += samples
         tables["transfer"] += transfer
