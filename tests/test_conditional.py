@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 
 import medvdm
-from medvdm import gaussian, sampling
+from medvdm import gaussian, sampling, vlb
 from medvdm.config import RunConfig
 
 Shapes = dict[tuple[str, ...], np.ndarray]
@@ -51,13 +51,13 @@ def test_guidance_goes_to_the_conditional_model_as_its_weight_goes_to_zero(small
     assert np.abs(far - plain).max() > 1e-2
 
 
-class TwoGaussians:
+class TwoGaussians(vlb.Diffusion):
     """The exact denoiser of classes N(-1, 0.3^2) and N(1, 0.3^2) in one dimension, both equally likely.
 
     A condition is (gamma, mean of the class), with NaN for the null.
     """
 
-    spread = 0.3
+    spread, timesteps = 0.3, 0
 
     def log_density(self, z: jax.Array, gamma: jax.Array, mean: float) -> jax.Array:
         alpha = gaussian.alpha(gamma)
