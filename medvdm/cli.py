@@ -246,7 +246,7 @@ def _sample(argv: list[str]) -> int:
 def _audit(argv: list[str]) -> int:
     from medvdm.options import Audit
 
-    args = _parse(Audit, argv, "audit")
+    args = parse(Audit, argv, "audit")
 
     from medvdm import runs
 
