@@ -133,8 +133,12 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
     m, t = config.model, config.training
     if repeats < 3:
         raise InputError(f"repeats: {repeats}; expected at least 3")
-    if m.schedule != "fixed-linear" or m.timesteps or t.gradient_difference_weight or not t.stratified_times:
-        raise InputError("benchmark: the plain step has continuous time, fixed-linear gamma and stratified times only")
+    plain = m.architecture == "residual" and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
+    if not plain or t.gradient_difference_weight or any(training.augmentations(t).values()):
+        raise InputError(
+            "benchmark: the plain step has residual networks, continuous time, fixed-linear gamma, stratified times "
+            "and no augmentation only"
+        )
     images = data_.load(
         data_.DataConfig(data="phantom", num_images=8 * t.batch_size, image_size=config.data.image_size)
     )

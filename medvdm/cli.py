@@ -207,6 +207,10 @@ def _table(r: dict[str, Any]) -> str:
         name: None if r[name] is None else f"excess {r[name] - r['floor_bpd']:.4f}"
         for name in ("lingauss_bpd", "pca64_bpd", "mean_image_bpd")
     }
+    paired = []
+    if r["over_lingauss_bpd"] is not None and r["over_lingauss_bpd_stderr"] is not None:
+        note = f"+- {r['over_lingauss_bpd_stderr']:.4f} paired, over patients"
+        paired = [line("  bound minus that", r["over_lingauss_bpd"], "bits/dim", note)]
     return "\n".join(
         [
             f"{r['run']} at step {r['step']}, {r['weights']} weights, {labels}",
@@ -222,6 +226,7 @@ def _table(r: dict[str, Any]) -> str:
             line("SSIM of the reconstruction", r["ssim"], ""),
             "fitted on the run's training images:",
             line("linear-Gaussian VDM", r["lingauss_bpd"], "bits/dim", above["lingauss_bpd"] or ""),
+            *paired,
             line("PCA-64 (no rate charged)", r["pca64_bpd"], "bits/dim", above["pca64_bpd"] or ""),
             line("mean image", r["mean_image_bpd"], "bits/dim", above["mean_image_bpd"] or ""),
         ]

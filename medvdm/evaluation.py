@@ -7,7 +7,9 @@ What the numbers are, in bits per dimension unless said otherwise:
   :func:`medvdm.likelihoods.bernoulli_floor`;
 * ``excess_bpd`` = vlb - floor, the only part that a model can change;
 * ``rate_bits_per_image`` = diffusion + latent in bits an image: what the latent is charged for what it tells;
-* ``vlb_bpd_stderr``, over images, clustered by patient; ``vlb_bpd_stderr_noise``, over the draws of time and noise.
+* ``vlb_bpd_stderr``, over images, clustered by patient; ``vlb_bpd_stderr_noise``, over the draws of time and noise;
+* ``over_lingauss_bpd`` = vlb - linear-Gaussian VDM on the same images (below 0: the model is better), with the standard
+  error of that *paired* difference, clustered by patient.
 """
 
 from __future__ import annotations
@@ -164,6 +166,10 @@ def evaluate_weights(
     noise = float(by_draw.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
     vlb_nats, floor = float(totals.mean()), mean("floor")
     lingauss_rate = mean("lingauss_rate")
+    over, over_stderr = None, None
+    if lingauss_rate is not None:
+        difference = totals.mean(axis=0) - np.concatenate(columns["lingauss"])
+        over, over_stderr = float(difference.mean()), clustered_stderr(difference, patients)
     result = {
         "data": data.name,
         "split": split,
@@ -184,6 +190,8 @@ def evaluate_weights(
         "mean_image_bpd": bpd(mean("mean_image")),
         "pca64_bpd": bpd(mean("pca64")),
         "lingauss_bpd": bpd(mean("lingauss")),
+        "over_lingauss_bpd": bpd(over),
+        "over_lingauss_bpd_stderr": bpd(over_stderr),
         "lingauss_rate_bits_per_image": None if lingauss_rate is None else lingauss_rate / math.log(2.0),
         "seconds": round(time.perf_counter() - start, 3),
     }

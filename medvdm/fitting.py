@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from medvdm import baselines, evaluation, runs, training, vdm
+from medvdm import baselines, evaluation, linear, runs, training, vdm
 from medvdm import config as config_
 from medvdm import data as data_
 from medvdm.checkpoints import Checkpoints
@@ -74,7 +74,11 @@ def fit(
         config = replace(config, data=replace(config.data, data=data.name))
     config = fill_in(config, data)
     layout = Layout(config.training.batch_size)
-    training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    if config.model.architecture == "linear-start":
+        linear.check_components(
+            config.model.latent, len(indices), config.model.dimensions, config.training.basis_copies
+        )
     if resume:
         _check_same(out, config, data)
     else:
@@ -120,10 +124,25 @@ def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
     return replace(config, model=replace(config.model, image_shape=data.image_shape, classes=classes))
 
 
-def first_state(config: RunConfig, layout: Layout) -> training.TrainState:
-    """The state at step 0 of a config that is filled in, on the devices of ``layout``."""
+def first_state(config: RunConfig, data: ImageData, layout: Layout) -> training.TrainState:
+    """The state at step 0 of a config that is filled in, on the devices of ``layout``.
+
+    A 'linear-start' model measures its components here, on (augmented copies of) the training images.
+    """
     init = jax.jit(lambda: training.init_state(config.model, config.training), out_shardings=layout.replicated)
-    return init()
+    state = init()
+    if config.model.architecture == "linear-start":
+        basis = linear.principal_components(
+            data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
+            config.model.latent,
+            key=jax.random.fold_in(jax.random.key(config.training.seed), 2**31 - 1),  # no step has this number
+            copies=config.training.basis_copies,
+            **training.augmentations(config.training),
+        )
+        measured = {vdm.BASIS: jax.device_put(basis, layout.replicated)}
+        ema = None if state.ema is None else state.ema | _copy(measured)
+        state = state._replace(params=state.params | measured, ema=ema)
+    return state
 
 
 def _check_same(out: Path, config: RunConfig, data: ImageData) -> None:
@@ -210,7 +229,7 @@ def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, pro
             )
         )
         if checkpoints.latest() is None:
-            state = first_state(config, layout)
+            state = first_state(config, data, layout)
         else:
             shapes = jax.eval_shape(lambda: training.init_state(config.model, settings))
             state = checkpoints.restore(

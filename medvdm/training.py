@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from medvdm import vdm, vlb
+from medvdm import augmentation, vdm, vlb
 from medvdm.errors import InputError
 
 
@@ -58,6 +58,14 @@ class TrainConfig:
     """Fraction of labels replaced by the null during training (conditional models only)."""
     gradient_difference_weight: float = 0.0
     """Weight of the paper's image-gradient-difference term, in nats per unit of squared gray difference."""
+    augment_shift: float = 0.0
+    """Standard deviation of random shifts of the training images, as a fraction of their side; 0 is off."""
+    augment_size: float = 0.0
+    """Standard deviation of the log of a random change of size; 0 is off."""
+    augment_exposure: float = 0.0
+    """Standard deviation of the log of a random exponent on gray values; 0 is off."""
+    basis_copies: int = 0
+    """Augmented copies of each training image that the components of a 'linear-start' model are measured on."""
     stratified_times: bool = True
     """Spread the times of a batch evenly (the paper's antithetic sampling) instead of drawing each on its own."""
 
@@ -119,7 +127,13 @@ def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
     """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
     params = vdm.new_params(model, config.seed)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(config).init(params), ema)
+    trained, _ = vdm.partition(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(config).init(trained), ema)
+
+
+def augmentations(config: TrainConfig) -> dict[str, float]:
+    """The settings of :func:`medvdm.augmentation.augment`."""
+    return {"shift": config.augment_shift, "size": config.augment_size, "exposure": config.augment_exposure}
 
 
 def loss_fn(
@@ -165,16 +179,19 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat.
+        images = augmentation.augment(jax.random.fold_in(key, 1), images, **augmentations(config))
+        trained, measured = vdm.partition(state.params)
 
-        def of_params(params: vdm.Params) -> tuple[Float[Array, ""], Metrics]:
-            return loss_fn(vdm.merge(graph, params), config, images, labels, key)
+        def of_trained(trained: vdm.Params) -> tuple[Float[Array, ""], Metrics]:
+            return loss_fn(vdm.merge(graph, trained | measured), config, images, labels, key)
 
-        grads, metrics = jax.grad(of_params, has_aux=True)(state.params)
-        updates, opt_state = optimise.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads, metrics = jax.grad(of_trained, has_aux=True)(trained)
+        updates, opt_state = optimise.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates) | measured
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay) | measured
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import flax.nnx as nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from medvdm import gaussian, likelihoods, networks, schedules, vlb
+from medvdm import gaussian, likelihoods, linear, networks, schedules, vlb
 from medvdm.errors import InputError, nearest
 
 Params = dict[str, Any]
+ARCHITECTURES = ("residual", "linear-start")
+BASIS = "basis"  #: the part of the parameters that is measured from the training images and not trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class VDMConfig:
     """gamma at t = 1."""
     schedule: Literal["fixed-linear", "learned-linear", "monotonic"] = "fixed-linear"
     """How gamma runs from gamma_min to gamma_max."""
+    architecture: Literal["residual", "linear-start"] = "residual"
+    """The paper's residual MLPs, or networks that start as the linear-Gaussian VDM (see medvdm.linear)."""
     latent: int = 64
     """Dimensions of the latent."""
     embedding_dim: int = 128
@@ -72,6 +77,8 @@ class VDMConfig:
             raise InputError(f"image_shape: {self.image_shape}; expected (height, width, channels)")
         if self.dtype not in networks.DTYPES:
             raise InputError(f"dtype: '{self.dtype}'; {nearest(self.dtype, networks.DTYPES)}")
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
         if self.schedule not in schedules.NAMES:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.NAMES)}")
 
@@ -92,32 +99,29 @@ class VDM(nnx.Module):
         self.config = config
         dtype = networks.DTYPES[config.dtype]
         self.schedule = schedules.make(config.schedule, config.gamma_min, config.gamma_max, rngs=rngs)
-        self.encoder = networks.Encoder(
-            config.image_shape,
-            config.latent,
-            width=config.encoder_width,
-            layers=config.encoder_layers,
-            inner_width=config.inner_width,
-            dtype=dtype,
-            rngs=rngs,
+        sizes = {"inner_width": config.inner_width, "dtype": dtype, "rngs": rngs}
+        if config.architecture == "linear-start":
+            self.basis = linear.Basis(config.dimensions, config.latent)
+            self.encoder = linear.LinearEncoder(config.image_shape, self.basis)
+            self.decoder = linear.LinearDecoder(
+                config.image_shape,
+                self.basis,
+                width=config.decoder_width,
+                layers=config.decoder_layers,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        else:
+            self.encoder = networks.Encoder(
+                config.image_shape, config.latent, width=config.encoder_width, layers=config.encoder_layers, **sizes
+            )
+            self.decoder = networks.Decoder(
+                config.image_shape, config.latent, width=config.decoder_width, layers=config.decoder_layers, **sizes
+            )
+        score = networks.ScoreNet(
+            config.latent, embedding_dim=config.embedding_dim, layers=config.score_layers, **sizes
         )
-        self.decoder = networks.Decoder(
-            config.image_shape,
-            config.latent,
-            width=config.decoder_width,
-            layers=config.decoder_layers,
-            inner_width=config.inner_width,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.score = networks.ScoreNet(
-            config.latent,
-            embedding_dim=config.embedding_dim,
-            layers=config.score_layers,
-            inner_width=config.inner_width,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.score = linear.LinearScore(self.basis, score) if config.architecture == "linear-start" else score
         self.labels = networks.LabelEmbedding(config.classes, config.embedding_dim, rngs=rngs)
 
     @property
@@ -135,6 +139,8 @@ class VDM(nnx.Module):
 
     def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n h w c"]:
         r"""The logits of each pixel's Bernoulli law, from :math:`z_0 / \alpha_0`."""
+        if self.config.architecture == "linear-start":
+            return self.decoder(z, self.gamma(jnp.zeros(())))
         return self.decoder(z)
 
     def embed(
@@ -143,11 +149,13 @@ class VDM(nnx.Module):
         """Embed multi-hot labels; None, or a 0 in ``keep``, gives the trained null."""
         return self.labels(labels, keep, n=n)
 
-    def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> tuple[Float[Array, "m f"], ...]:
+    def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
         """What the score network needs to know besides z; m is n, or 1 where all examples share time and label."""
+        if self.config.architecture == "linear-start":
+            return self.score.condition(gamma, self.normalised(gamma), label)
         return self.score.condition(self.normalised(gamma), label)
 
-    def eps_hat(self, z: Float[Array, "n d"], condition: tuple[Float[Array, "m f"], ...]) -> Float[Array, "n d"]:
+    def eps_hat(self, z: Float[Array, "n d"], condition: Any) -> Float[Array, "n d"]:
         """The predicted noise in z, given :meth:`condition`."""
         return self.score(z, condition)
 
@@ -213,6 +221,14 @@ def new_params(config: VDMConfig, seed: int) -> Params:
 def init(config: VDMConfig, seed: int) -> Params:
     """:func:`new_params`, compiled and computed."""
     return jax.jit(lambda: new_params(config, seed))()
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """The parameters that are trained, and those that are measured from the training images (:data:`BASIS`)."""
+    return (
+        {name: part for name, part in params.items() if name != BASIS},
+        {name: part for name, part in params.items() if name == BASIS},
+    )
 
 
 def count(params: Params) -> int:

@@ -277,4 +277,6 @@ def test_the_arithmetic_on_the_page_about_the_paper():
     said = {*errors, f"{nats:.1f}", f"{0.0008 * 65_536:.1f}", f"= {0.0008 * 65_536 + latent:.0f}"}
     said |= {f"{latent:.2f}", f"{latent * math.log(2):.2f} nats", f"{least:.2f}", f"{2 * nats / 64:.2f}"}
     said |= {f"encodings of {mean_square:.2f}"}
+    room = {end: 32 * math.log2(1 + mean_square * math.exp(-end)) for end in (0.1, -5.0)}  # (14.1)
+    said |= {f"most {room[0.1]:.1f} bits for the printed range, and at most {room[-5.0]:.0f} for"}
     assert [number for number in said if number not in page] == []

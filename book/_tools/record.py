@@ -20,11 +20,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jsonschema
 from medvdm import cli, fitting, options, pipeline, runs, training
 from medvdm import config as config_
 from medvdm import data as data_
 from medvdm.config import RunConfig
+from medvdm.data import ImageData
 from medvdm.devices import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,20 +147,34 @@ def refreshed(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "config": _settings(config), "phantom": phantom_curve(config)}
 
 
-def phantom_curve(config: RunConfig) -> dict[str, Any]:
-    """The bound of the first 20 training steps with these settings on the phantom, bits per dimension."""
-    config = config_.change(config, **PHANTOM, batch_size=min(config.training.batch_size, 8))
-    images = data_.load(config.data)
+def train(
+    config: RunConfig, images: ImageData, steps: int | None = None
+) -> tuple[RunConfig, training.TrainState, list[float]]:
+    """Train without a folder: the settings filled in, the last state, and the bound at each step (bits per dimension).
+
+    ``steps`` stops early; the learning rate is that of the whole run.
+    """
     config = fitting.fill_in(config, images)
-    state = fitting.first_state(config, Layout(1))
+    state = fitting.first_state(config, images, Layout(1))
     step = training.jit_step(config.model, config.training)
     batches = pipeline.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps or config.training.steps):
         x, labels = next(batches)
         state, metrics = step(state, x, labels if config.model.classes else None)
-        losses.append(float(f"{float(metrics.vlb_bpd):.6g}"))
-    return {"image_size": PHANTOM["image_size"], "batch_size": config.training.batch_size, "vlb_bpd": losses}
+        losses.append(metrics.vlb_bpd)
+    return config, state, [float(loss) for loss in jax.device_get(losses)]
+
+
+def phantom_curve(config: RunConfig) -> dict[str, Any]:
+    """The bound of the first 20 training steps with these settings on the phantom, bits per dimension."""
+    config = config_.change(config, **PHANTOM, batch_size=min(config.training.batch_size, 8))
+    _, _, losses = train(config, data_.load(config.data), STEPS)
+    return {
+        "image_size": PHANTOM["image_size"],
+        "batch_size": config.training.batch_size,
+        "vlb_bpd": [float(f"{loss:.6g}") for loss in losses],
+    }
 
 
 def commit_here() -> str:
