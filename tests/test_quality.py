@@ -349,7 +349,7 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
     assert set(result["samples"]) == set(result["decoded"]) == set(result["real"])
     text, _ = said(capfd, "audit", run, *options)
     for name in ("ms_ssim", "power_high", "c2st_coarse"):
-        assert f"{result['samples'][name]:.3f}" in text and f"{result['real'][name]:.3f}" in text
+        assert f"{result['samples'][name]:.2f}" in text and f"{result['real'][name]:.2f}" in text
     assert f"{result['real']['nearest_pca']:.4f}" in text
     assert (run / "MODEL_CARD.md").read_text() == card, "the card lists evaluations of the bound"
     assert json.loads(next((run / "audits").glob("*.json")).read_text()) == result
