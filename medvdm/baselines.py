@@ -90,6 +90,19 @@ class Baselines:
             self.noise,
         )
 
+    def sample(self, num: int, seed: int = 0) -> np.ndarray | None:
+        """Images drawn from the chosen linear-Gaussian VDM, (num, P) in [0, 1]; None without one.
+
+        z_0 has the law N(0, Lambda + r^2), which is where the exact reverse process ends; the image is the decoder's
+        mean, clipped.
+        """
+        if not self.latent:
+            return None
+        total = self.variances[: self.latent] + self.noise**2
+        z = np.random.default_rng(seed).standard_normal((num, self.latent)) * np.sqrt(total)
+        decoded = self.mean + (self.variances[: self.latent] / total * z) @ self.components[: self.latent]
+        return np.clip(decoded, 0.0, 1.0).astype(np.float32)
+
 
 def cross_entropy(x: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Bernoulli cross-entropy of gray targets, nats per image; p is clipped to [0.001, 0.999]."""

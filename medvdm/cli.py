@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | benchmark``.
+"""The command line: ``medvdm train | evaluate | sample | audit | benchmark``.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -94,6 +94,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "sample": _sample,
+        "audit": _audit,
         "benchmark": _benchmark,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -103,7 +104,8 @@ def _dispatch(argv: list[str]) -> int:
         print(
             "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
         )
-        print("  sample     draw synthetic images from a run\n  benchmark  step time against a plain JAX step")
+        print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
+        print("  benchmark  step time against a plain JAX step")
         print("\n'medvdm COMMAND --help' lists the options of a command.")
         return 0 if argv else 2
     if argv[0] == "--version":
@@ -244,6 +246,63 @@ def _sample(argv: list[str]) -> int:
     drawn.save(args.out)
     print(f"{args.num} synthetic images: {args.out}")
     return 0
+
+
+def _audit(argv: list[str]) -> int:
+    from medvdm.options import Audit
+
+    args = parse(Audit, argv, "audit")
+
+    from medvdm import runs
+
+    run = runs.load(args.run, ema=args.ema)
+    data = None if args.data_dir is None else runs.load_data(run, data_dir=args.data_dir)
+    result = runs.audit(
+        run,
+        data,
+        num=args.num,
+        steps=args.steps,
+        label=args.label,
+        guidance=args.guidance,
+        split=args.split,
+        seed=args.seed,
+    )
+    print(json.dumps(result) if args.json else _audit_table(result))
+    return 0
+
+
+def _audit_table(r: dict[str, Any]) -> str:
+    """The result of an audit for people."""
+    heads = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
+    columns = {name: head for name, head in heads.items() if name in r}
+
+    def line(name: str, key: str, digits: int = 2) -> str:
+        cells = [f"{r[column][key]:.{digits}f}" for column in columns]
+        if f"{key}_stderr" in r["samples"]:
+            cells = [f"{c} +- {r[column][f'{key}_stderr']:.2f}" for c, column in zip(cells, columns, strict=True)]
+        return f"  {name:<34}" + "".join(f"{cell:>14}" for cell in cells)
+
+    of = "" if r["label"] is None else f", label '{r['label']}', guidance {r['guidance']:g}"
+    return "\n".join(
+        [
+            f"{r['run']} at step {r['step']}, {r['weights']} weights: "
+            f"{r['samples']['num_images']} samples, T = {r['steps_sampled']}{of}",
+            f"held against the {r['num_held_out']} images of the split '{r['split']}'",
+            f"  {'':<34}" + "".join(f"{head:>14}" for head in columns.values()),
+            line("likeness of pairs (MS-SSIM)", "ms_ssim"),
+            line("power, coarse scales (real: 1)", "power_low"),
+            line("power, middle scales", "power_middle"),
+            line("power, fine scales", "power_high"),
+            line("distance of gray histograms", "gray_distance", 4),
+            line("classifier's AUC: 8 PCA scores", "c2st_coarse"),
+            line("classifier's AUC: 64 PCA scores", "c2st_pca"),
+            line("classifier's AUC: power spectrum", "c2st_spectrum"),
+            line("nearest training image, pixels", "nearest_pixel", 4),
+            line("  the smallest of the set", "nearest_pixel_least", 4),
+            line("nearest training image, PCA", "nearest_pca", 4),
+            "decoded: the held-out images through encoder and decoder; real: training images, the yardstick",
+        ]
+    )
 
 
 def _benchmark(argv: list[str]) -> int:

@@ -42,7 +42,8 @@ def _bound(
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def _reconstruct(params: vdm.Params, x: Array, key: Array, *, graph: nnx.GraphDef) -> Float[Array, "n h w c"]:
+def reconstruct(params: vdm.Params, x: Array, key: Array, *, graph: nnx.GraphDef) -> Float[Array, "n h w c"]:
+    """Images through the encoder, the least noise of the schedule, and the decoder: the Bernoulli means."""
     model = vdm.merge(graph, params)
     return bernoulli_mean(vlb.decode_z0(model, model.encode(x), key))
 
@@ -138,7 +139,7 @@ def evaluate_weights(
         key = jax.random.fold_in(jax.random.key(seed), number)
         key_terms, key_picture = jax.random.split(key)
         terms = bound_terms(graph, params, x, labels if labelled else None, draws=draws, key=key_terms)
-        x_hat = np.asarray(_reconstruct(params, x, key_picture, graph=graph))[:count]
+        x_hat = np.asarray(reconstruct(params, x, key_picture, graph=graph))[:count]
         x = x[:count]
         columns["terms"].append(terms[:, :, :count])
         columns["floor"].append(_entropy(x))

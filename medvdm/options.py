@@ -126,6 +126,32 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Draw samples and hold them against real images: likeness, scales, grays, a classifier, nearest images."""
+
+    run: Positional[str]
+    """Folder of the run."""
+    num: int = 256
+    """How many samples."""
+    steps: int = 250
+    """Steps T of the ancestral chain."""
+    label: str | None = None
+    """Class to draw from, and of the real images; by default the model's null and all images."""
+    guidance: float = 0.0
+    """Guidance weight w: eps = (1 + w) conditional - w null."""
+    split: str = "test"
+    """The real images that all are held against, val or test."""
+    data_dir: str | None = None
+    """Where the images are now."""
+    seed: int = 0
+    """Of the samples, the pairs and the folds."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """Time a preset's training step against a hand-written plain JAX step, interleaved in one process."""
 

@@ -7,6 +7,7 @@
 ``metrics.jsonl``      one line a training step
 ``evaluations.jsonl``  one line a held-out evaluation during training
 ``results/``           one JSON an ``evaluate`` call
+``audits/``            one JSON an ``audit`` call
 ``MODEL_CARD.md``      the model card, made from the files above
 =====================  ===================================================================================
 """
@@ -28,14 +29,15 @@ import numpy as np
 from medvdm import baselines as baselines_
 from medvdm import config as config_
 from medvdm import data as data_
-from medvdm import devices, evaluation, marks, sampling, vdm
+from medvdm import devices, evaluation, marks, quality, sampling, vdm
 from medvdm.checkpoints import Checkpoints
 from medvdm.config import RunConfig
 from medvdm.data import DataConfig, ImageData
-from medvdm.errors import InputError, MissingFileError, RunError
+from medvdm.errors import DataError, InputError, MissingFileError, RunError
 
 CONFIG, BASELINES, CHECKPOINTS = "config.json", "baselines.npz", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
+AUDITS = "audits"
 
 
 def version() -> str:
@@ -247,9 +249,7 @@ def evaluate(
     data = load_data(run) if data is None else data
     same = data.fingerprint() == run.record["data"]["fingerprint"]
     if own and not same:
-        raise RunError(
-            f"{run.path}: the data is no longer what the run was trained on (names, labels or pixels differ)"
-        )
+        raise _changed(run)
     labelled = run.config.model.classes > 0 and not null
     if labelled and data.class_names != run.class_names:
         raise InputError(
@@ -281,6 +281,10 @@ def evaluate(
         write_json(run.path / RESULTS / f"{name}.json", result)
         write_card(run.path)
     return result
+
+
+def _changed(run: Run) -> RunError:
+    return RunError(f"{run.path}: the data is no longer what the run was trained on (names, labels or pixels differ)")
 
 
 def write_card(path: Path) -> None:
@@ -389,3 +393,118 @@ def sample(
         states=drawn.states,
         times=drawn.times,
     )
+
+
+def audit(
+    run: Run,
+    data: ImageData | None = None,
+    *,
+    num: int = 256,
+    steps: int = 250,
+    label: str | None = None,
+    guidance: float = 0.0,
+    split: str = "test",
+    seed: int = 0,
+    save: bool = True,
+) -> dict[str, Any]:
+    """Draw samples and audit them; the same audits of :func:`audit_sets` stand beside them.
+
+    Args:
+        run: from :func:`load`.
+        data: the run's own data, where it has to be given again; loaded if None.
+        num: how many samples.
+        steps, label, guidance: as in :func:`sample`.
+        split: the real images that all are held against, 'val' or 'test'. With a label, those that have it.
+        seed: of the samples, the pairs and the folds.
+        save: also write the result into the run's folder, under ``audits/``.
+
+    Returns:
+        For each set, the result of :func:`medvdm.quality.audit`, and what they were computed from.
+
+    Raises:
+        InputError: fewer than 10 samples, another split, or as in :func:`sample`.
+        RunError: data that the run was not trained on.
+        DataError: the split has no image, or none with the label.
+    """
+    data = load_data(run) if data is None else data
+    sets = audit_sets(run, data, num=num, steps=steps, label=label, guidance=guidance, split=split, seed=seed)
+    train = data.indices("train")
+    held_out, patients = sets.pop("held_out")
+    shared = {
+        "real": held_out,
+        "train": data.read(train),
+        "space": quality.Space(run.baselines.mean, run.baselines.components, run.baselines.variances),
+        "real_groups": patients,
+        "train_groups": data.patients[train],
+        "seed": seed,
+    }
+    result = {
+        **run.provenance(seed=seed, steps_sampled=steps, label=label, guidance=guidance),
+        "split": split,
+        "num_held_out": len(held_out),
+        **{name: quality.audit(images, groups=groups, **shared) for name, (images, groups) in sets.items()},
+    }
+    if save:
+        (run.path / AUDITS).mkdir(exist_ok=True)
+        name = f"{split}-{run.step}-{run.weights}-{num}x{steps}-seed{seed}"
+        name += "" if label is None else f"-{data_.index_of(label, run.class_names, 'label')}-w{guidance:g}"
+        write_json(run.path / AUDITS / f"{name}.json", result)
+    return result
+
+
+def audit_sets(
+    run: Run,
+    data: ImageData,
+    *,
+    num: int,
+    steps: int,
+    label: str | None = None,
+    guidance: float = 0.0,
+    split: str = "test",
+    seed: int = 0,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The sets of images that an audit compares, each with the name of every image's patient.
+
+    ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
+    be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, training images;
+    ``held_out``, the real images that all others are held against. A drawn image is a patient of its own.
+
+    Raises:
+        as :func:`audit`.
+    """
+    if num < 10:
+        raise InputError(f"num: {num}; expected at least 10")
+    if split not in ("val", "test"):
+        raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
+    if data.fingerprint() != run.record["data"]["fingerprint"]:
+        raise _changed(run)
+    train, held_out = data.indices("train"), data.indices(split)
+    if label is not None:
+        index = data_.index_of(label, run.class_names, "label")
+        train, held_out = (i[data.labels[i, index] > 0] for i in (train, held_out))
+        if not len(train) or not len(held_out):
+            raise DataError(f"{data.name}: no image of '{label}' in '{split}' or 'train'; expected some in both")
+    drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
+    known = np.sort(np.random.default_rng(seed).permutation(train)[: max(num, len(held_out))])
+    x, key = data.read(held_out), jax.random.key(seed)
+    size = min(len(x), 64)
+    rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
+    decoded = [
+        evaluation.reconstruct(run.params, x[part], jax.random.fold_in(key, i), graph=run.graph)
+        for i, part in enumerate(rows)
+    ]
+    linear = run.baselines.sample(num, seed)
+    sets = {
+        "samples": (drawn, _strangers("sample", num)),
+        "decoded": (np.concatenate(decoded)[: len(x)], data.patients[held_out]),
+        "linear_gaussian": None
+        if linear is None
+        else (linear.reshape(drawn.shape), _strangers("linear-gaussian sample", num)),
+        "real": (data.read(known), data.patients[known]),
+        "held_out": (x, data.patients[held_out]),
+    }
+    return {name: given for name, given in sets.items() if given is not None}
+
+
+def _strangers(name: str, num: int) -> np.ndarray:
+    return np.array([f"{name} {i}" for i in range(num)])

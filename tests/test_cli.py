@@ -239,10 +239,10 @@ def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.Cap
     for argv, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         assert main(argv) == code
         out, err = capsys.readouterr()
-        assert all(command in out for command in ("train", "evaluate", "sample", "benchmark")) and not err
+        assert all(command in out for command in ("train", "evaluate", "sample", "audit", "benchmark")) and not err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "benchmark"])
 def test_each_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,0 +1,387 @@
+"""Audits of samples, each against a second route: a formula, another library, brute force, or a planted answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Trained, refused, said
+from scipy.special import ndtr
+from scipy.stats import wasserstein_distance
+from skimage.metrics import structural_similarity
+
+import medvdm
+from medvdm import baselines, quality, runs
+from medvdm.data import phantom
+from medvdm.errors import InputError, RunError
+from medvdm.evaluation import clustered_stderr
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> np.ndarray:
+    return phantom.render(np.arange(0, 240, 2), size=32)[0]  # 120 patients, one image each
+
+
+@pytest.fixture(scope="module")
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# MS-SSIM
+
+
+def test_ms_ssim_of_an_image_with_itself_is_one(phantoms: np.ndarray) -> None:
+    np.testing.assert_allclose(quality.ms_ssim(phantoms[:5], phantoms[:5]), 1.0, atol=1e-4)
+    black = np.zeros((1, 32, 32, 1), np.float32)
+    assert quality.ms_ssim(black, 1 - black)[0] < 1e-3
+
+
+def test_one_scale_of_ms_ssim_is_skimages_ssim(phantoms: np.ndarray) -> None:
+    """Images below 22 pixels have room for one scale, whose weight is then 1."""
+    a, b = phantoms[:6, :20, :21], phantoms[6:12, :20, :21]
+    assert quality.num_scales(20, 21) == 1
+    for i in range(6):
+        _, full = structural_similarity(
+            a[i, ..., 0],
+            b[i, ..., 0],
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            full=True,
+        )
+        expected = full[5:-5, 5:-5].mean()
+        assert quality.ms_ssim(a[i : i + 1], b[i : i + 1])[0] == pytest.approx(max(expected, 0), abs=2e-5)
+
+
+def naive_ms_ssim(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
+    """One pair of gray images in float64, window by window, from the definition."""
+    half = np.arange(-5, 6)
+    window = np.exp(-(half[:, None] ** 2 + half**2) / (2 * 1.5**2))
+    window /= window.sum()
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    value = 1.0
+    for j, weight in enumerate(weights):
+        terms = []
+        for row in range(a.shape[0] - 10):
+            for column in range(a.shape[1] - 10):
+                x, y = a[row : row + 11, column : column + 11], b[row : row + 11, column : column + 11]
+                m_x, m_y = np.sum(window * x), np.sum(window * y)
+                v_x, v_y = np.sum(window * (x - m_x) ** 2), np.sum(window * (y - m_y) ** 2)
+                term = (2 * np.sum(window * (x - m_x) * (y - m_y)) + 9e-4) / (v_x + v_y + 9e-4)
+                if j == len(weights) - 1:
+                    term *= (2 * m_x * m_y + 1e-4) / (m_x**2 + m_y**2 + 1e-4)
+                terms.append(term)
+        value *= max(np.mean(terms), 0) ** weight
+        a, b = (v[: len(v) // 2 * 2, : v.shape[1] // 2 * 2] for v in (a, b))
+        a, b = (v.reshape(len(v) // 2, 2, -1, 2).mean(axis=(1, 3)) for v in (a, b))
+    return value
+
+
+def test_ms_ssim_of_several_scales_is_the_definition() -> None:
+    a, b = phantom.render(np.array([0, 2]), size=45)[0]  # 45, 22 and 11 pixels: three scales, the first of odd side
+    weights = np.array([0.0448, 0.2856, 0.3001]) / (0.0448 + 0.2856 + 0.3001)
+    assert quality.num_scales(45, 45) == 3 and quality.num_scales(256, 256) == 5 and quality.num_scales(10, 99) == 0
+    assert quality.ms_ssim(a[None], b[None])[0] == pytest.approx(naive_ms_ssim(a[..., 0], b[..., 0], weights), abs=1e-4)
+
+
+def test_pairs_of_one_patient_are_left_out(phantoms: np.ndarray) -> None:
+    """Each image twice: unless the copies are one patient, some pairs are copies and the set seems less varied."""
+    twice = np.concatenate([phantoms[:6], phantoms[:6]])
+    names = np.tile(np.arange(6), 2)
+    apart, _ = quality.pair_similarity(twice, names, pairs=10_000)
+    mixed, _ = quality.pair_similarity(twice, pairs=10_000)
+    every = [quality.ms_ssim(phantoms[i : i + 1], phantoms[j : j + 1])[0] for i in range(6) for j in range(i)]
+    assert apart == pytest.approx(np.mean(every), abs=1e-5)
+    assert mixed == pytest.approx((60 * apart + 6) / 66, abs=1e-5)
+
+
+def test_the_error_of_pair_similarity_covers_other_images(phantoms: np.ndarray) -> None:
+    """Against the spread over sets of other images."""
+    parts = [quality.pair_similarity(part, pairs=200) for part in np.split(phantoms, 8)]
+    spread = np.std([value for value, _ in parts], ddof=1)
+    errors = np.mean([error for _, error in parts])
+    assert 0.5 < errors / spread < 3  # a deviation from 8 values is known to about a quarter
+
+
+# The power spectrum
+
+
+def test_white_noise_has_its_variance_at_every_frequency(rng: np.random.Generator) -> None:
+    x = 0.5 + 0.1 * rng.standard_normal((400, 32, 32, 1))
+    power = quality.power_spectrum(x)
+    error = power.std(axis=0, ddof=1) / math.sqrt(len(x))
+    assert power.shape == (400, 16)
+    # The weighted mean is taken away, so k = 1 (inside the window's main lobe) loses a little.
+    assert (np.abs(power.mean(axis=0) - 0.01)[1:] < 4.5 * error[1:]).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96)])
+def test_a_wave_is_found_at_its_frequency_and_with_its_power(shape: tuple[int, int]) -> None:
+    """Parseval: summed over all frequencies, the power is the squared deviation under the squared window."""
+    side, k = 64, 11
+    rows, columns = np.mgrid[: shape[0], : shape[1]] / side
+    wave = 0.5 + 0.3 * np.sin(2 * np.pi * k * (columns * 0.6 + rows * 0.8))  # k cycles a shorter side, slanted
+    power = quality.power_spectrum(wave[None, ..., None].astype(np.float32))[0]
+    assert power.argmax() == k - 1 and power[k - 1] > 50 * np.delete(power, [k - 3, k - 2, k - 1, k, k + 1]).max()
+    frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])) * side
+    count = np.bincount(np.rint(frequency).astype(int).ravel())[1 : side // 2 + 1]
+    total = np.sum(power * count) / math.prod(shape)
+    assert total == pytest.approx(0.3**2 / 2, rel=0.01)
+
+
+def test_blur_shows_as_its_transfer_function(rng: np.random.Generator) -> None:
+    """White noise through a Gaussian of deviation 1 pixel, as a product of Fourier coefficients."""
+    x = rng.standard_normal((300, 64, 64, 1))
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
+    transfer = np.exp(-2 * (np.pi * frequency) ** 2)[..., None]
+    blurred = np.fft.ifft2(np.fft.fft2(x, axes=(1, 2)) * transfer, axes=(1, 2)).real
+    ratio = quality.power_spectrum(blurred).mean(axis=0) / quality.power_spectrum(x).mean(axis=0)
+    k = np.arange(1, 33)
+    np.testing.assert_allclose(ratio[2:24], np.exp(-4 * (np.pi * k[2:24] / 64) ** 2), rtol=0.06)
+
+
+@pytest.mark.parametrize("num", [5, 8, 16, 32, 128])
+def test_bands_cover_all_scales_but_the_first_once(num: int) -> None:
+    parts = [np.arange(num)[band] for band in quality.bands(num)]
+    assert all(len(part) for part in parts)
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(1, num))
+
+
+# Gray values
+
+
+def test_gray_distance_is_the_wasserstein_distance(phantoms: np.ndarray) -> None:
+    a, b = phantoms[:20], np.clip(phantoms[20:50] ** 1.3, 0, 1)
+    assert quality.gray_distance(a, b) == pytest.approx(wasserstein_distance(a.ravel(), b.ravel()), rel=1e-2)
+    assert quality.gray_distance(a, a + 0.25) == pytest.approx(0.25, abs=1e-5)
+
+
+# Classifiers
+
+
+def test_logistic_regression_is_at_its_minimum(rng: np.random.Generator) -> None:
+    """The log odds of two Gaussians with one covariance are linear, with known weights."""
+    n, shift = 20_000, np.array([1.0, -0.5, 0.0])
+    labels = np.arange(n) % 2
+    x = rng.standard_normal((n, 3)) * [1, 2, 3] + labels[:, None] * shift
+    fitted = quality.logistic(x, labels, penalty=0.0)
+    weights = fitted(np.eye(3)) - fitted(np.zeros((1, 3)))
+    expected = shift / np.array([1, 4, 9])
+    # Fisher information of a logistic regression: at most n / 4 per unit variance, here at least half of that.
+    error = np.sqrt(8 / n) / np.array([1, 2, 3])
+    assert (np.abs(weights - expected) < 4.5 * error).all()
+    assert np.linalg.norm(quality.logistic(x, labels, penalty=10.0)(np.eye(3))) < 0.3 * np.linalg.norm(weights)
+
+
+def test_auc_counts_pairs(rng: np.random.Generator) -> None:
+    scores, labels = rng.integers(0, 6, 60).astype(float), rng.integers(0, 2, 60)
+    ones, zeros = scores[labels == 1], scores[labels == 0]
+    wins = np.mean([(a > b) + 0.5 * (a == b) for a in ones for b in zeros])
+    assert quality.auc(scores, labels).value == pytest.approx(wins)
+    assert quality.auc(-scores, labels).value == pytest.approx(1 - wins)
+    assert quality.auc(labels, labels) == (1.0, 0.0)
+
+
+def test_auc_of_two_gaussians_is_known_and_so_is_its_error(rng: np.random.Generator) -> None:
+    """AUC = Phi(d / sqrt 2); the error is compared with the spread over repeated draws."""
+    labels = np.arange(200) % 2
+    parts = [quality.auc(rng.standard_normal(200) + labels, labels) for _ in range(200)]
+    values, errors = np.array(parts).T
+    assert abs(values.mean() - ndtr(1 / math.sqrt(2))) < 4.5 * values.std() / math.sqrt(200)
+    assert errors.mean() == pytest.approx(values.std(), rel=0.2)  # a deviation of 200 values is known to 5 %
+
+
+def test_the_error_of_the_auc_is_by_patient(rng: np.random.Generator) -> None:
+    """Every image twice says nothing new; and the bootstrap over patients agrees."""
+    labels = np.arange(80) % 2
+    scores = rng.standard_normal(80) + labels
+    once = quality.auc(scores, labels)
+    twice = quality.auc(np.tile(scores, 2), np.tile(labels, 2), np.tile(np.arange(80), 2))
+    assert twice == pytest.approx(once)
+    assert quality.auc(np.tile(scores, 2), np.tile(labels, 2)).stderr < 0.8 * once.stderr
+    patients = np.arange(80) // 4  # of both labels
+    drawn = []
+    for _ in range(500):
+        rows = np.concatenate([np.flatnonzero(patients == p) for p in rng.integers(0, 20, 20)])
+        drawn.append(quality.auc(scores[rows], labels[rows]).value)
+    assert quality.auc(scores, labels, patients).stderr == pytest.approx(np.std(drawn), rel=0.25)
+
+
+def test_the_error_of_the_auc_of_one_kind_is_that_of_a_mean(rng: np.random.Generator) -> None:
+    """With a crowd of zeros whose law is known, the AUC is the mean of F(score) over the ones."""
+    groups = np.repeat(np.arange(20), 3)
+    ones = np.repeat(rng.random(20), 3)
+    zeros = np.linspace(0, 1, 200_001)
+    area = quality.auc(
+        np.append(ones, zeros), np.repeat([1, 0], [60, len(zeros)]), np.append(groups, 20 + np.arange(len(zeros)))
+    )
+    assert area.value == pytest.approx(ones.mean(), abs=1e-4)
+    assert area.stderr == pytest.approx(clustered_stderr(ones, groups), rel=0.05)
+
+
+def test_two_halves_of_one_set_cannot_be_told_apart(phantoms: np.ndarray) -> None:
+    mean, components, variances = baselines.principal_components(phantoms.reshape(120, -1), 8)
+    features = quality.pca_features(phantoms, mean, components, variances)
+    found = [quality.two_sample(features[::2], features[1::2], seed=seed) for seed in range(3)]
+    assert all(abs(f.value - 0.5) < 4 * f.stderr and 0.01 < f.stderr < 0.1 for f in found)
+
+
+def test_black_and_white_are_told_apart(rng: np.random.Generator) -> None:
+    black, white = 0.1 * rng.random((2, 30, 8))
+    found = quality.two_sample(black, white + 0.9)
+    assert found == (1.0, 0.0)
+
+
+def test_the_squares_let_a_linear_classifier_see_a_spread(rng: np.random.Generator) -> None:
+    a, b = rng.standard_normal((300, 4)), 2 * rng.standard_normal((300, 4))
+    space = (np.zeros(4), np.eye(4), np.ones(4))
+    linear = quality.two_sample(a, b)
+    both = quality.two_sample(quality.pca_features(a, *space), quality.pca_features(b, *space))
+    assert abs(linear.value - 0.5) < 4 * linear.stderr
+    # The best statistic is the sum of squares: chi-squared against four times chi-squared, 4 degrees of freedom.
+    best = np.mean(np.sum(a**2, axis=1)[:, None] < np.sum(b**2, axis=1))
+    assert both.value == pytest.approx(best, abs=0.03)
+
+
+def test_a_patient_is_in_one_fold(rng: np.random.Generator) -> None:
+    """Two sets of the same law, but with 12 near-copies of each of 10 patients. Split by image, the classifier knows
+    each patient from training and tells the sets apart; split by patient, it has nothing to go by."""
+    a, b = (np.repeat(rng.standard_normal((10, 40)), 12, axis=0) for _ in range(2))
+    names = np.repeat(np.arange(10), 12)
+    leaky = quality.two_sample(a, b)
+    honest = quality.two_sample(a, b, [f"a{n}" for n in names], [f"b{n}" for n in names])
+    assert leaky.value > 0.99
+    assert abs(honest.value - 0.5) < 0.35 and honest.stderr > 5 * leaky.stderr
+
+
+# Nearest
+
+
+def test_nearest_finds_a_planted_copy(phantoms: np.ndarray) -> None:
+    train = phantoms[20:].copy()
+    train[33] = phantoms[4] + 0.001
+    distance, where = quality.nearest(phantoms[:20], train)
+    assert where[4] == 33 and distance[4] == pytest.approx(0.001, rel=1e-3)
+    brute = np.sqrt(((phantoms[:20, None] - train) ** 2).mean(axis=(2, 3, 4)))
+    np.testing.assert_array_equal(where, brute.argmin(axis=1))
+    np.testing.assert_allclose(distance, brute.min(axis=1), rtol=1e-4)
+    in_parts = quality.nearest(phantoms[:20], (train[i : i + 17] for i in range(0, 100, 17)))
+    np.testing.assert_array_equal(in_parts[1], where)
+    np.testing.assert_allclose(in_parts[0], distance, rtol=1e-6)
+
+
+def test_nearest_of_another_patient(phantoms: np.ndarray) -> None:
+    itself, where = quality.nearest(phantoms[:8], phantoms)
+    assert (itself == 0).all() and where.tolist() == list(range(8))
+    names = np.arange(120) // 2
+    other, where = quality.nearest(phantoms[:8], phantoms, names[:8], names)
+    assert (other > 0.01).all() and (names[where] != names[:8]).all()
+    with pytest.raises(InputError, match="another patient"):
+        quality.nearest(phantoms[:2], phantoms[:2], names[:2], names[:2])
+
+
+# The linear-Gaussian VDM's samples
+
+
+def test_samples_of_the_linear_gaussian_vdm_have_its_moments(rng: np.random.Generator) -> None:
+    """In the span of the components: mean 0 and variance lambda^2 / (lambda + r^2), where nothing is clipped."""
+    basis = np.linalg.qr(rng.standard_normal((64, 4)))[0].T.astype(np.float32)
+    variances, noise = np.array([0.04, 0.02, 0.01, 0.005], np.float32), 0.08
+    fitted = baselines.Baselines(
+        mean=np.full(64, 0.5, np.float32),
+        components=basis,
+        variances=variances,
+        latent=3,
+        noise=noise,
+        num_images=9,
+    )
+    x = fitted.sample(20_000, seed=3)
+    assert x.shape == (20_000, 64) and x.min() > 0 and x.max() < 1
+    f = (x - 0.5) @ basis.T
+    expected = np.append(variances[:3] ** 2 / (variances[:3] + noise**2), 0.0)
+    assert (np.abs(f.mean(axis=0)) <= 4.5 * np.sqrt(expected / 20_000) + 1e-6).all()
+    np.testing.assert_allclose(f.var(axis=0), expected, rtol=4.5 * math.sqrt(2 / 20_000), atol=1e-8)
+    np.testing.assert_array_equal(fitted.sample(5, seed=3), fitted.sample(5, seed=3))
+    none = baselines.fit(rng.random((4, 8, 8, 1), np.float32), None)
+    assert none.sample(3) is None
+
+
+# Bad input
+
+
+def test_bad_input_is_refused_in_one_line(phantoms: np.ndarray) -> None:
+    ones = np.ones((4, 3))
+    for call, words in [
+        (lambda: quality.ms_ssim(phantoms[:2], phantoms[:3]), "b: shape"),
+        (lambda: quality.ms_ssim(phantoms[:1, :10], phantoms[:1, :10]), "10x32"),
+        (lambda: quality.ms_ssim(phantoms[0], phantoms[0]), "a: shape"),
+        (lambda: quality.ms_ssim(np.nan * phantoms[:1], phantoms[:1]), "finite"),
+        (lambda: quality.pair_similarity(phantoms[:3], [1, 1, 1]), "two patients"),
+        (lambda: quality.power_spectrum(phantoms[:1, :3]), "3x32"),
+        (lambda: quality.logistic(ones, np.ones(4)), "both 0 and 1"),
+        (lambda: quality.logistic(ones, np.array([0, 1])), "2 labels"),
+        (lambda: quality.logistic(ones * np.inf, np.array([0, 1, 0, 1])), "finite"),
+        (lambda: quality.auc(np.ones(3), np.array([0, 1, 2])), "both 0 and 1"),
+        (lambda: quality.auc(np.array([np.nan, 1]), np.array([0, 1])), "finite"),
+        (lambda: quality.two_sample(ones, ones), "a: 4 patients"),
+        (lambda: quality.two_sample(ones, ones, folds=1), "folds: 1"),
+        (lambda: quality.nearest(ones, np.ones((4, 2))), "2 entries"),
+    ]:
+        with pytest.raises(InputError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+# The command
+
+
+def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    card = (run / "MODEL_CARD.md").read_text()
+    options = ("--num", "12", "--steps", "3", "--split", "test")
+    out, err = said(capfd, "audit", run, *options, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert err == "" and out.count("\n") == 1
+    assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("test", 3, 12)
+    assert set(result["samples"]) == set(result["decoded"]) == set(result["real"])
+    text, _ = said(capfd, "audit", run, *options)
+    for name in ("ms_ssim", "power_high", "c2st_coarse"):
+        assert f"{result['samples'][name]:.2f}" in text and f"{result['real'][name]:.2f}" in text
+    assert f"{result['real']['nearest_pca']:.4f}" in text
+    assert (run / "MODEL_CARD.md").read_text() == card, "the card lists evaluations of the bound"
+    assert json.loads(next((run / "audits").glob("*.json")).read_text()) == result
+    pneumonia = said(capfd, "audit", run, *options, "--label", "Pneumonia", "--guidance", "1", "--json")[0]
+    assert json.loads(pneumonia)["num_held_out"] < result["num_held_out"]
+    assert len(list((run / "audits").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("--num 9", ["num: 9", "at least 10"]),
+        ("--steps 0", ["steps: 0"]),
+        ("--split train", ["split: 'train'", "'test'"]),
+        ("--split val", ["3 patients", "at least 4"]),
+        ("--label pneumonai", ["label", "did you mean 'Pneumonia'?"]),
+        ("--guidance 2", ["guidance: 2.0", "label"]),
+        ("--seed -1", ["seed: -1"]),
+        ("--guidance nan --label Pneumonia", ["guidance: nan"]),
+        ("--data-dir somewhere", ["data_dir: 'somewhere'"]),
+        ("--nun 3", ["--nun"]),
+    ],
+)
+def test_audit_refuses(options: str, names: list[str], run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(capfd, "audit", run, "--steps", "2", *options.split(), names=names)
+    assert not (run / "audits").exists()
+
+
+def test_audit_of_no_run_and_of_other_data(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(capfd, "audit", tmp_path / "nothing", names=[str(tmp_path / "nothing"), "not found"])
+    refused(capfd, "audit", names=["Folder of the run"])
+    loaded = runs.load(trained.path)
+    other = medvdm.data.load(medvdm.DataConfig(num_images=60, image_size=16, data_seed=1))
+    with pytest.raises(RunError, match="no longer"):
+        runs.audit(loaded, other)
