@@ -47,28 +47,14 @@ def rows(tiny: bool) -> list[tuple[str, dict[str, int]]]:
     """Everything that is measured, in order: kind and settings."""
     sizes, batches = ((16, 32), (1, 4)) if tiny else (SIZES, BATCHES)
     middle, batch = (32, 4) if tiny else (128, 16)
-    steps = [
-        {"image_size": size, "latent": 64, "batch": b}
-        for size in sizes
-        for b in batches
-    ]
-    steps += [
-        {"image_size": middle, "latent": latent, "batch": batch}
-        for latent in LATENTS
-        if latent != 64
-    ]
-    steps += [] if tiny else [{"image_size": middle, "latent": 64, "batch": 256}]
-    samples = [{"image_size": middle, "latent": 64, "batch": b} for b in batches]
-    samples += [
-        {"image_size": middle, "latent": latent, "batch": batch}
-        for latent in LATENTS
-        if latent != 64
-    ]
-    samples += [
-        {"image_size": size, "latent": 64, "batch": batch}
-        for size in sizes
-        if size in (32, 512) and not tiny
-    ]
+    grid = [(size, 64, b) for b in (batch, batches[0]) for size in sizes]
+    grid += [(middle, latent, batch) for latent in LATENTS if latent != 64]
+    grid += [(middle, 64, b) for b in (*batches, 16 * batch)]
+    grid += [(size, 64, b) for size in (sizes[0], sizes[-1]) for b in batches]
+    steps = [dict(zip(("image_size", "latent", "batch"), row, strict=True)) for row in dict.fromkeys(grid)]
+    grid = [(middle, latent, batch) for latent in LATENTS]
+    grid += [(middle, 64, batches[0]), (middle, 64, batches[-1]), (sizes[-1], 64, batch)]
+    samples = [dict(zip(("image_size", "latent", "batch"), row, strict=True)) for row in dict.fromkeys(grid)]
     return [
         *[("devices", {"devices": n}) for n in DEVICES],
         ("ceilings", {"turn": 0}),
@@ -123,11 +109,7 @@ def peak_gib() -> float:
 
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = (
-        stats["peak_bytes_in_use"]
-        if stats
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    )
+    peak = stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak / 2**30
 
 
@@ -142,9 +124,7 @@ def step(row: dict[str, Any]) -> dict[str, Any]:
     jax.block_until_ready(jax.numpy.zeros(()))
     empty = peak_gib()
     shapes = jax.eval_shape(lambda: training.init_state(model, recipe))
-    images = np.random.default_rng(0).random(
-        (recipe.batch_size, *model.image_shape), np.float32
-    )
+    images = np.random.default_rng(0).random((recipe.batch_size, *model.image_shape), np.float32)
     compiled = training.jit_step(model, recipe).lower(shapes, images, None).compile()
     state = jax.jit(lambda: training.init_state(model, recipe))()
     images = jax.device_put(images)
@@ -177,16 +157,12 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
     model, recipe = config.model, config.training
     graph, optimiser = vdm.graph_of(model), training.optimiser(recipe)
     state = jax.jit(lambda: training.init_state(model, recipe))()
-    images = jax.random.uniform(
-        jax.random.key(0), (recipe.batch_size, *model.image_shape)
-    )
+    images = jax.random.uniform(jax.random.key(0), (recipe.batch_size, *model.image_shape))
 
     @jax.jit
     def gradient(params: Any) -> Any:
         def loss(params: Any) -> Any:
-            return training.loss_fn(
-                vdm.merge(graph, params), recipe, images, None, jax.random.key(1)
-            )[0]
+            return training.loss_fn(vdm.merge(graph, params), recipe, images, None, jax.random.key(1))[0]
 
         return jax.grad(loss)(params)
 
@@ -216,11 +192,7 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
 
     def draw(steps: int) -> Any:
         size = row["batch"]
-        return lambda: (
-            sampling.generate(
-                graph, params, num=size, steps=steps, batch_size=size
-            ).images
-        )
+        return lambda: sampling.generate(graph, params, num=size, steps=steps, batch_size=size).images
 
     long, short = timed(draw(250)), timed(draw(50))
     return {
@@ -236,16 +208,12 @@ def ceilings(row: dict[str, Any]) -> dict[str, Any]:
     import jax.numpy as jnp
     from medvdm import roofline
 
-    limits = roofline.ceilings(
-        dtype=row["dtype"], **({"side": 256, "numbers": 2**20} if row["tiny"] else {})
-    )
+    limits = roofline.ceilings(dtype=row["dtype"], **({"side": 256, "numbers": 2**20} if row["tiny"] else {}))
     side, out = 256 if row["tiny"] else 4096, {}
     weights = jnp.full((side, side), 1e-3)
+    product = jax.jit(jnp.matmul)
     for b in (1, 4, 16, 64, 256):
-        product = jax.jit(jnp.matmul)
-        out[f"product_{b}_ms"] = timed(
-            lambda b=b: product(jnp.ones((b, side)), weights), most=15
-        )["ms"]
+        out[f"product_{b}_ms"] = timed(lambda b=b: product(jnp.ones((b, side)), weights), most=15)["ms"]
     return {**vars(limits), "product_side": side, **out}
 
 
@@ -258,24 +226,18 @@ def devices(row: dict[str, Any]) -> dict[str, Any]:
     from medvdm import training, vdm
     from medvdm.devices import Layout
 
-    config = medvdm.preset(
-        "demo", image_size=32, batch_size=16, image_shape=(32, 32, 1), classes=2
-    )
+    config = medvdm.preset("demo", image_size=32, batch_size=16, image_shape=(32, 32, 1), classes=2)
     model, recipe, graph = config.model, config.training, vdm.graph_of(config.model)
     layout, rng = Layout(recipe.batch_size), np.random.default_rng(0)
     images = layout.put(rng.random((recipe.batch_size, *model.image_shape), np.float32))
-    labels = layout.put(
-        np.eye(2, dtype=np.float32)[rng.integers(0, 2, recipe.batch_size)]
-    )
+    labels = layout.put(np.eye(2, dtype=np.float32)[rng.integers(0, 2, recipe.batch_size)])
     # Zero-initialised layers would hide the gradients of those before them, so every weight is moved a little.
     flat, back = ravel_pytree(vdm.init(model, 0))
     moved = back(flat + 0.02 * jax.random.normal(jax.random.key(2), flat.shape))
     params = jax.device_put(moved, layout.replicated)
 
     def loss(params: Any) -> Any:
-        return training.loss_fn(
-            vdm.merge(graph, params), recipe, images, labels, jax.random.key(1)
-        )[0]
+        return training.loss_fn(vdm.merge(graph, params), recipe, images, labels, jax.random.key(1))[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     flat = np.asarray(ravel_pytree(jax.device_get(grads))[0])
@@ -300,9 +262,7 @@ def child(kind: str, row: dict[str, Any], work: Path) -> dict[str, Any]:
             "JAX_PLATFORMS": "cpu",
         }
     command = [sys.executable, __file__, "--child", kind, json.dumps(row)]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -313,19 +273,13 @@ def differences(found: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]
     one = np.load(work / "gradient-1.npy")
     for row in found:
         other = np.load(work / f"gradient-{row['devices']}.npy")
-        row["loss_difference"] = (
-            abs(row["loss_bpd"] - found[0]["loss_bpd"]) / found[0]["loss_bpd"]
-        )
-        row["gradient_difference"] = float(
-            np.linalg.norm(other - one) / np.linalg.norm(one)
-        )
+        row["loss_difference"] = abs(row["loss_bpd"] - found[0]["loss_bpd"]) / found[0]["loss_bpd"]
+        row["gradient_difference"] = float(np.linalg.norm(other - one) / np.linalg.norm(one))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -344,11 +298,7 @@ def main() -> None:
         print(json.dumps(globals()[kind](json.loads(row))))
         return
 
-    name = (
-        "cost"
-        + ("-tiny" if options.tiny else "")
-        + ("" if options.dtype == "float32" else f"-{options.dtype}")
-    )
+    name = "cost" + ("-tiny" if options.tiny else "") + ("" if options.dtype == "float32" else f"-{options.dtype}")
     work = Path(tempfile.gettempdir()) / f"medvdm-{name}"
     work.mkdir(exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -359,9 +309,7 @@ def main() -> None:
         kept = work / f"{kind}-{'-'.join(map(str, row.values()))}.json"
         if not kept.exists():
             begin = time.perf_counter()
-            result = child(
-                kind, {**row, "tiny": options.tiny, "dtype": options.dtype}, work
-            )
+            result = child(kind, {**row, "tiny": options.tiny, "dtype": options.dtype}, work)
             result["seconds"] = time.perf_counter() - begin
             kept.write_text(json.dumps(result))
             print(kind, row, result, file=sys.stderr)
@@ -380,9 +328,7 @@ def main() -> None:
         {
             "backend": jax.default_backend(),
             "dtype": options.dtype,
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "load_before": before,
             "load_after": os.getloadavg()[0],
         }
