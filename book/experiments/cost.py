@@ -33,7 +33,7 @@ SIZES, LATENTS, BATCHES, DEVICES = (
     (1, 4, 16, 64),
     (1, 2, 4, 8),
 )
-SECONDS = 1.5  # about how long a row's timed calls take together
+SECONDS = 1.0  # about how long a row's timed calls take together
 TINY = {
     "embedding_dim": 16,
     "inner_width": 32,
@@ -56,13 +56,13 @@ def rows(tiny: bool) -> list[tuple[str, dict[str, int]]]:
     grid += [(middle, 64, batches[0]), (middle, 64, batches[-1]), (sizes[-1], 64, batch)]
     samples = [dict(zip(("image_size", "latent", "batch"), row, strict=True)) for row in dict.fromkeys(grid)]
     return [
-        *[("devices", {"devices": n}) for n in DEVICES],
         ("ceilings", {"turn": 0}),
         *[("step", row) for row in steps],
         ("ceilings", {"turn": 1}),
         *[("sample", row) for row in samples],
         ("parts", {"image_size": sizes[-2], "latent": 64, "batch": batch}),
         ("ceilings", {"turn": 2}),
+        *[("devices", {"devices": n}) for n in DEVICES],
     ]
 
 
@@ -84,6 +84,22 @@ def settings(row: dict[str, Any]) -> Any:
         **small,
     )
     return config_.change(config, image_size=size, image_shape=(size, size, 1))
+
+
+def filled(shapes: Any) -> Any:
+    """Small random numbers for every array of parameters, and zeros for counters: values do not change the time."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def fill(shape: Any) -> Any:
+        if shape.ndim == 0:
+            return jnp.zeros(shape.shape, shape.dtype)
+        return jnp.array(0.02 * rng.random(shape.shape, np.float32))
+
+    return jax.tree.map(fill, shapes)
 
 
 def timed(call: Any, least: int = 3, most: int = 40) -> dict[str, float]:
@@ -126,7 +142,7 @@ def step(row: dict[str, Any]) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: training.init_state(model, recipe))
     images = np.random.default_rng(0).random((recipe.batch_size, *model.image_shape), np.float32)
     compiled = training.jit_step(model, recipe).lower(shapes, images, None).compile()
-    state = jax.jit(lambda: training.init_state(model, recipe))()
+    state = filled(shapes)
     images = jax.device_put(images)
 
     def call() -> Any:
@@ -156,7 +172,7 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
     config = settings(row)
     model, recipe = config.model, config.training
     graph, optimiser = vdm.graph_of(model), training.optimiser(recipe)
-    state = jax.jit(lambda: training.init_state(model, recipe))()
+    state = filled(jax.eval_shape(lambda: training.init_state(model, recipe)))
     images = jax.random.uniform(jax.random.key(0), (recipe.batch_size, *model.image_shape))
 
     @jax.jit
@@ -185,10 +201,12 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
 
 def sample(row: dict[str, Any]) -> dict[str, Any]:
     """Samples: one of 250 steps, and what one step adds."""
+    import jax
     from medvdm import sampling, vdm
 
     model = settings(row).model
-    graph, params = vdm.graph_of(model), vdm.init(model, 0)
+    graph = vdm.graph_of(model)
+    params = filled(jax.eval_shape(lambda: vdm.new_params(model, 0)))
 
     def draw(steps: int) -> Any:
         size = row["batch"]
@@ -302,7 +320,8 @@ def main() -> None:
     work = Path(tempfile.gettempdir()) / f"medvdm-{name}"
     work.mkdir(exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {}
-    before, seconds = os.getloadavg()[0], 0.0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    seconds = 0.0
     for kind, row in rows(options.tiny):
         if options.only not in (None, kind):
             continue
@@ -310,7 +329,7 @@ def main() -> None:
         if not kept.exists():
             begin = time.perf_counter()
             result = child(kind, {**row, "tiny": options.tiny, "dtype": options.dtype}, work)
-            result["seconds"] = time.perf_counter() - begin
+            result |= {"seconds": time.perf_counter() - begin, "cores": cores, "load": os.getloadavg()[0]}
             kept.write_text(json.dumps(result))
             print(kind, row, result, file=sys.stderr)
         result = json.loads(kept.read_text())
@@ -324,13 +343,14 @@ def main() -> None:
     import record
 
     tables["devices"] = differences(tables["devices"], work)
+    timed_rows = [row for kind in ("ceilings", "step", "sample", "parts") for row in tables[kind]]
     tables["machine"] = [
         {
             "backend": jax.default_backend(),
             "dtype": options.dtype,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "load_before": before,
-            "load_after": os.getloadavg()[0],
+            "cores": max(row["cores"] for row in timed_rows),
+            "load_first": timed_rows[0]["load"],
+            "load_last": timed_rows[-1]["load"],
         }
     ]
     config = medvdm.preset("paper", image_size=128, batch_size=16, dtype=options.dtype)
