@@ -205,7 +205,7 @@ def loss(params, x, y):
     return training.loss_fn(vdm.merge(graph, params), recipe, x, y, jax.random.key(1))[0]
 
 found = []
-for n in (1, 2, 4, 8):
+for n in (1, 8):
     layout = Layout(n)
     arrays = jax.device_put(moved, layout.replicated), layout.put(images), layout.put(labels)
     value, grads = jax.jit(jax.value_and_grad(loss))(*arrays)
@@ -224,10 +224,10 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     counts, losses, gradients = zip(*json.loads(done.stdout), strict=True)
-    assert counts == (1, 2, 4, 8)
+    assert counts == (1, 8)
     np.testing.assert_allclose(losses, 0, atol=1e-6)
     np.testing.assert_allclose(gradients, 0, atol=1e-5)
