@@ -22,6 +22,7 @@ import optax
 
 from medvdm import data as data_
 from medvdm import pipeline as pipeline_
+from medvdm import roofline as roofline_
 from medvdm import runs, training, vdm
 from medvdm.config import RunConfig
 from medvdm.devices import Layout
@@ -119,13 +120,19 @@ def plain_step(config: RunConfig) -> Any:
     return jax.jit(step, donate_argnums=0), start
 
 
-def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
+def run(config: RunConfig, *, repeats: int = 20, roofline: bool = False) -> dict[str, Any]:
     """Benchmark a config on phantoms.
+
+    Args:
+        config: what to time.
+        repeats: how many pairs of steps.
+        roofline: also measure the machine's ceilings and say how far above the least time the step is.
 
     Returns:
         ``step_ms`` and ``plain_step_ms`` (medians), ``ratio`` (median of paired ratios), ``loop_over_step`` (time of
         a step fed by the input pipeline over the same step on a batch that lies ready), ``peak_memory_gib``, and what
-        it was measured on.
+        it was measured on. With ``roofline``, its table under that name, see :func:`medvdm.roofline.report`, and
+        ``over_roofline``, the fastest step over the least time.
 
     Raises:
         InputError: repeats below 3; a schedule, T or term that the plain step does not have; or losses that differ.
@@ -153,6 +160,7 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
 
     step = training.jit_step(model, t)
     state = jax.jit(lambda: training.init_state(model, t))()
+    parameters = vdm.count(state.params)
     plain, start = plain_step(config)
     plain_state = start(state.params)
     state, metrics = step(state, x, labels)
@@ -192,11 +200,17 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
         jax.block_until_ready(state)
         (fed if i % 2 else ready).append(time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    extra: dict[str, Any] = {}
+    if roofline:  # after the peak was read: the ceilings need memory of their own
+        compiled = step.lower(state, x, labels).compile()
+        del state
+        extra["roofline"] = roofline_.report(model, t, roofline_.ceilings(dtype=model.dtype), compiled)
+        extra["over_roofline"] = round(min(times) * 1e3 / extra["roofline"]["roofline_ms"], 3)
     return {
         "preset": config.preset,
         "image_shape": list(model.image_shape),
         "batch_size": t.batch_size,
-        "parameters": vdm.count(state.params),
+        "parameters": parameters,
         "repeats": repeats,
         "step_ms": round(statistics.median(times) * 1e3, 3),
         "plain_step_ms": round(statistics.median(plain_times) * 1e3, 3),
@@ -207,20 +221,34 @@ def run(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
         "plain_first_loss_bpd": theirs,
         "version": runs.version(),
         "environment": runs.environment(),
+        **extra,
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     shape = "x".join(map(str, result["image_shape"]))
-    return "\n".join(
-        [
-            f"preset {result['preset']}, images {shape}, batch {result['batch_size']}, "
-            f"{result['parameters'] / 1e6:.1f} M parameters, on {result['environment']['devices']}",
-            f"  training step           {result['step_ms']:9.1f} ms (median of {result['repeats']})",
-            f"  plain JAX step          {result['plain_step_ms']:9.1f} ms, the same arithmetic, interleaved",
-            f"  ratio                   {result['ratio']:9.3f}    (median of paired ratios)",
-            f"  loop / step             {result['loop_over_step']:9.3f}    (input pipeline against a ready batch)",
-            f"  peak memory             {result['peak_memory_gib']:9.2f} GiB (both states and their steps)",
+    lines = [
+        f"preset {result['preset']}, images {shape}, batch {result['batch_size']}, "
+        f"{result['parameters'] / 1e6:.1f} M parameters, on {result['environment']['devices']}",
+        f"  training step           {result['step_ms']:9.1f} ms (median of {result['repeats']})",
+        f"  plain JAX step          {result['plain_step_ms']:9.1f} ms, the same arithmetic, interleaved",
+        f"  ratio                   {result['ratio']:9.3f}    (median of paired ratios)",
+        f"  loop / step             {result['loop_over_step']:9.3f}    (input pipeline against a ready batch)",
+        f"  peak memory             {result['peak_memory_gib']:9.2f} GiB (both states and their steps)",
+    ]
+    if "roofline" in result:
+        r = result["roofline"]
+        lines += [
+            f"  roofline                {r['roofline_ms']:9.1f} ms at {r['gigabytes_per_second']:.1f} GB/s and "
+            f"{r['gigaflops_per_second']:.0f} GFLOP/s, measured",
+            *(
+                f"    {p['phase']:<21} {p['milliseconds']:9.1f} ms bound by {p['bound']}: "
+                f"{p['gigabytes']:.3g} GB, {p['gigaflops']:.3g} GFLOP"
+                for p in r["phases"]
+            ),
+            f"  XLA's own count         {r['xla_gigabytes']:9.3g} GB, {r['xla_gigaflops']:.3g} GFLOP, "
+            f"{r['xla_memory_gib']:.2f} GiB of memory",
+            f"  fastest step / roofline {result['over_roofline']:9.2f}",
         ]
-    )
+    return "\n".join(lines)

@@ -316,6 +316,6 @@ def _benchmark(argv: list[str]) -> int:
 
     from medvdm import benchmark
 
-    result = benchmark.run(config, repeats=args.repeats)
+    result = benchmark.run(config, repeats=args.repeats, roofline=args.roofline)
     print(json.dumps(result) if args.json else benchmark.table(result))
     return 0

@@ -163,5 +163,7 @@ class Benchmark:
     """Height and width; by default the preset's, or 64."""
     repeats: int = 20
     """Timed pairs of steps."""
+    roofline: bool = False
+    """Also measure the machine's ceilings and say how far above the least possible time the step is."""
     json: bool = False
     """Print one JSON object and nothing else."""
