@@ -47,7 +47,7 @@ PAPER = {
 
 
 def test_the_presets_are_those_of_the_command_line() -> None:
-    assert config_.PRESETS == ("demo", "paper", "paper-literal")
+    assert config_.PRESETS == ("demo", "paper", "paper-literal", "linear-start")
     assert all(config_.preset(name).preset == name for name in config_.PRESETS)
 
 

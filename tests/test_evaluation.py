@@ -119,7 +119,7 @@ def test_psnr_and_ssim_are_scikit_images(small: tuple[Any, Any], monkeypatch: py
     data = images(6)
     x = data.read(np.arange(6))
     x_hat = np.clip(x + np.random.default_rng(3).normal(0, 0.1, x.shape), 0, 1).astype(np.float32)
-    monkeypatch.setattr(evaluation, "_reconstruct", lambda *_, **__: x_hat)
+    monkeypatch.setattr(evaluation, "reconstruct", lambda *_, **__: x_hat)
     found = evaluate_weights(*small, data, "test", draws=1, batch_size=6)
     psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(x, x_hat, strict=True)]
     ssim = [structural_similarity(a[..., 0], b[..., 0], data_range=1.0) for a, b in zip(x, x_hat, strict=True)]
