@@ -170,7 +170,11 @@ FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkp
 
 #: Settings that came after runs had been kept, with the value that stands for a record without them. Where they have
 #: it they leave no trace in the fingerprint, so those runs and their checkpoints stay good.
-LATER = {"learn_ends": False, "schedule_objective": "bound", "schedule_rate": 1.0}
+LATER = {
+    **{"learn_ends": False, "schedule_objective": "bound", "schedule_rate": 1.0},
+    **{"architecture": "residual", "basis_copies": 0},
+    **{"augment_shift": 0.0, "augment_size": 0.0, "augment_exposure": 0.0},
+}
 
 
 def fingerprint(config: RunConfig) -> str:

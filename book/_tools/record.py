@@ -143,7 +143,7 @@ def refreshed(entry: dict[str, Any]) -> dict[str, Any]:
         model = {**entry["config"]["model"]}
         config = config_.change(told, image_shape=tuple(model["image_shape"]), classes=model["classes"], data_dir=None)
     else:
-        config = config_.from_json(_completed(entry["config"]), where=entry["name"])
+        config = config_.from_json(entry["config"], where=entry["name"])
     return {**entry, "config": _settings(config), "phantom": phantom_curve(config)}
 
 
@@ -186,15 +186,6 @@ def commit_here() -> str:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     return config_.to_json(config_.change(config, data_dir=None))
-
-
-def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older version, with the defaults of those that have come since."""
-    now = config_.to_json(config_.preset("paper"))
-    return {
-        name: {**default, **settings[name]} if isinstance(default, dict) else settings[name]
-        for name, default in now.items()
-    }
 
 
 def _rounded(value: Any) -> Any:
