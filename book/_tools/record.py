@@ -137,14 +137,13 @@ def write(entry: dict[str, Any]) -> Path:
 
 
 def refreshed(entry: dict[str, Any]) -> dict[str, Any]:
-    """The same record with the settings as this version names them, and the phantom's curve of today."""
+    """The same record with settings and command as this version says them, and the phantom's curve of today."""
+    config = config_.from_json(entry["config"], where=entry["name"])
+    renewed = {**entry, "config": _settings(config), "phantom": phantom_curve(config)}
     if entry["kind"] == "run":
-        told = parse_train(entry["command"])
-        model = {**entry["config"]["model"]}
-        config = config_.change(told, image_shape=tuple(model["image_shape"]), classes=model["classes"], data_dir=None)
-    else:
-        config = config_.from_json(entry["config"], where=entry["name"])
-    return {**entry, "config": _settings(config), "phantom": phantom_curve(config)}
+        folder = "DIR" if "--data-dir" in entry["command"] else None
+        renewed["command"] = train_command(config_.change(config, data_dir=folder))
+    return renewed
 
 
 def train(

@@ -270,11 +270,15 @@ def null_checks(task: Task, free: runs.Run) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="the folder of the NIH images")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of the three runs")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     nih = {"data": "nih", "data_dir": options.data_dir}
     start = time.perf_counter()
     free = trained(options.work / "nih-unconditional", conditional=False, **nih)

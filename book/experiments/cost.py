@@ -296,7 +296,7 @@ def differences(found: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]
     return found
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dtype",
@@ -310,7 +310,11 @@ def main() -> None:
     )
     parser.add_argument("--only", help="measure the rows of one kind and stop")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.child:
         kind, row = options.child
         print(json.dumps(globals()[kind](json.loads(row))))

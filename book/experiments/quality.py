@@ -86,11 +86,15 @@ def nearest(
     return rows
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data-dir", help="the folder of the NIH images")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     start = time.perf_counter()
     tables: dict[str, Rows] = {"audits": [], "spectra": [], "grays": [], "nearest": []}
     for path in options.runs:

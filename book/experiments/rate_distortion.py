@@ -277,11 +277,15 @@ def closed_forms(data_dir: Path) -> dict[str, list[dict]]:
     return tables
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["floors", "models"])
     parser.add_argument("--data-dir", type=Path, required=True)
-    options, start = parser.parse_args(), time.perf_counter()
+    return parser
+
+
+def main() -> int:
+    options, start = parser().parse_args(), time.perf_counter()
     if options.part == "floors":
         name, tables = "floors", closed_forms(options.data_dir)
     else:
