@@ -22,7 +22,7 @@ import record  # noqa: E402
 from medvdm import baselines, config, data, evaluation, vdm  # noqa: E402
 from medvdm.config import RunConfig  # noqa: E402
 
-STEPS, SEEDS = 250, (0, 1, 2)
+STEPS, SEEDS = 200, (0, 1, 2)
 AUGMENT = {"augment_shift": 0.03, "augment_size": 0.05}
 SMALL = {  # the paper's kind of networks in the sizes of the preset `demo`
     "latent": 32,
@@ -36,7 +36,6 @@ SMALL = {  # the paper's kind of networks in the sizes of the preset `demo`
 }
 RESIDUAL: dict[str, dict[str, Any]] = {
     "residual networks": {},
-    "latent 8": {"latent": 8},
     "latent 128": {"latent": 128},
     "ends learned by the bound": {"schedule": "learned-linear"},
     "learning rate / 4": {"learning_rate": 2e-4},
@@ -44,14 +43,12 @@ RESIDUAL: dict[str, dict[str, Any]] = {
     "moving average 0.98": {"ema_decay": 0.98},
     "augmentation": AUGMENT,
     "gradient difference, weight 1": {"gradient_difference_weight": 1.0},
-    "batch 4": {"batch_size": 4},
 }
 PLAIN = {"augment_shift": 0.0, "augment_size": 0.0, "basis_copies": 0}
 LINEAR: dict[str, dict[str, Any]] = {
     "linear start, no augmentation": PLAIN,
     "linear start": {},
     "linear start, not trained": {"steps": 1, "learning_rate": 0.0},
-    "linear start, exposure too": {"augment_exposure": 0.1},
 }
 FINAL = ("residual networks", "augmentation", "linear start")
 
