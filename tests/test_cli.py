@@ -169,6 +169,7 @@ OTHER_VALUES: dict[str, Any] = {
     "augment_size": 0.06,
     "augment_exposure": 0.07,
     "basis_copies": 2,
+    "schedule_rate": 3.0,
     "evaluate_every": 4,
     "checkpoint_every": 6,
     "keep_checkpoints": 9,
@@ -196,15 +197,33 @@ def caught_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Run
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = (DataConfig, VDMConfig, TrainConfig, KeepConfig)
     every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
-    assert every == {*OTHER_VALUES, "stratified_times"}
+    assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective"}
     options = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     config, rest = caught_config(
-        monkeypatch, "--preset", "paper", *options, "--no-stratified-times", "--conditional", "--out", "there"
+        monkeypatch,
+        "--preset",
+        "paper",
+        *options,
+        "--no-stratified-times",
+        "--learn-ends",
+        "--conditional",
+        "--out",
+        "there",
     )
     found = config_.flat(config)
     assert {name: found[name] for name in OTHER_VALUES} == OTHER_VALUES
-    assert found["stratified_times"] is False and found["conditional"] is True and found["preset"] == "paper"
+    assert (
+        found["stratified_times"] is False
+        and found["learn_ends"] is True
+        and found["conditional"] is True
+        and found["preset"] == "paper"
+    )
     assert rest == {"out": "there", "resume": False, "progress": True}
+
+
+def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--schedule", "monotonic", "--schedule-objective", "variance", "--out", "x")
+    assert caught_config(monkeypatch, *words)[0].training.schedule_objective == "variance"
 
 
 @pytest.mark.parametrize("name", config_.PRESETS)
