@@ -24,16 +24,10 @@ from medvdm.config import RunConfig  # noqa: E402
 
 STEPS, SEEDS = 200, (0, 1, 2)
 AUGMENT = {"augment_shift": 0.03, "augment_size": 0.05}
-SMALL = {  # the paper's kind of networks in the sizes of the preset `demo`
-    "latent": 32,
-    "embedding_dim": 64,
-    "encoder_width": 128,
-    "decoder_width": 128,
-    "inner_width": 256,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "score_layers": 4,
-}
+SIZES = (
+    "latent embedding_dim encoder_width decoder_width inner_width encoder_layers decoder_layers score_layers".split()
+)
+SMALL = {name: config.flat(config.preset("demo"))[name] for name in SIZES}  # the paper's kind of networks, small
 RESIDUAL: dict[str, dict[str, Any]] = {
     "residual networks": {},
     "latent 128": {"latent": 128},
