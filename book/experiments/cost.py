@@ -271,6 +271,7 @@ def devices(row: dict[str, Any]) -> dict[str, Any]:
 def child(kind: str, row: dict[str, Any], work: Path) -> dict[str, Any]:
     """Measure one row in a process of its own."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as `medvdm train` does on Linux
     if kind == "devices":
         row = {**row, "file": str(work / f"gradient-{row['devices']}.npy")}
         environment |= {
