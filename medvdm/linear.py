@@ -29,9 +29,9 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from medvdm import augmentation
-from medvdm.errors import InputError, InputTypeError
-from medvdm.networks import ScoreNet
+from medvdm import augmentation, gaussian
+from medvdm.errors import InputError
+from medvdm.networks import ScoreNet, check_images
 
 CLIP = 0.015  #: delta of the smooth clip; 0.002 to 0.015 were tried on validation images, see chapter 16
 
@@ -53,11 +53,8 @@ class LinearEncoder(nnx.Module):
         self.basis = basis
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n latent"]:
-        """Encode images in [0, 1]; raises as :class:`medvdm.networks.Encoder` for a wrong dtype or shape."""
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputTypeError(f"images: dtype {x.dtype}; expected float in [0, 1]")
-        if x.ndim != 4 or x.shape[1:] != self.image_shape:
-            raise InputError(f"images: shape {x.shape}; expected (n, *{self.image_shape})")
+        """Encode images in [0, 1]; raises as :func:`medvdm.networks.check_images`."""
+        check_images(x, self.image_shape)
         flat = rearrange(x, "n h w c -> n (h w c)") - self.basis.mean[...][None, :]
         return flat @ self.basis.components[...].T
 
@@ -137,8 +134,9 @@ class LinearScore(nnx.Module):
         self.net = net
 
     def condition(self, gamma: Float[Array, " m"], u: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
-        """What depends on time and label only: the modulation of the network, alpha^2 and sigma."""
-        return self.net.condition(u, label), jax.nn.sigmoid(-gamma)[:, None], jax.nn.sigmoid(gamma)[:, None]
+        """What depends on time and label only: the modulation of the network, alpha^2, sigma^2."""
+        alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)  # alpha^2 = sigmoid(-gamma)
+        return self.net.condition(u, label), alpha2[:, None], sigma2[:, None]
 
     def __call__(self, z: Float[Array, "n latent"], condition: Any) -> Float[Array, "n latent"]:
         modulation, alpha2, sigma2 = condition
@@ -220,5 +218,11 @@ def principal_components(
         span = sum(covary(rows, mean, q) for rows in batches())
     q = jnp.linalg.qr(span)[0]
     values, vectors = jnp.linalg.eigh(sum(inside(rows, mean, q) for rows in batches()) / (total - 1))
-    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
-    return {"mean": mean, "components": (q @ vectors).T, "variances": jnp.maximum(values, 1e-6)}
+    components = (q @ vectors[:, ::-1][:, :k]).T
+    # A component is known up to its sign. Its largest entry is positive here, whatever the machine.
+    largest = jnp.take_along_axis(components, jnp.argmax(jnp.abs(components), axis=1, keepdims=True), axis=1)
+    return {
+        "mean": mean,
+        "components": components * jnp.sign(largest),
+        "variances": jnp.maximum(values[::-1][:k], 1e-6),
+    }

@@ -74,6 +74,19 @@ class ResidualBlock(nnx.Module):
         return h + self.contract(nnx.swish(inner))
 
 
+def check_images(x: Array, image_shape: tuple[int, int, int]) -> None:
+    """Refuse what is no batch of the model's images.
+
+    Raises:
+        InputTypeError: x is not floating point. (Integer images are a scale of 0..255 or a cast gone wrong.)
+        InputError: x has another shape than the model's images.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputTypeError(f"images: dtype {x.dtype}; expected float in [0, 1]")
+    if x.ndim != 4 or x.shape[1:] != image_shape:
+        raise InputError(f"images: shape {x.shape}; expected (n, *{image_shape})")
+
+
 class Encoder(nnx.Module):
     """Image to latent: dense layer, residual blocks, dense layer (paper, section 2.4).
 
@@ -101,16 +114,8 @@ class Encoder(nnx.Module):
         self.leave = nnx.Linear(width, latent, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n latent"]:
-        """Encode images in [0, 1].
-
-        Raises:
-            InputTypeError: x is not floating point. (Integer images are a scale of 0..255 or a cast gone wrong.)
-            InputError: x has another shape than the model's images.
-        """
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputTypeError(f"images: dtype {x.dtype}; expected float in [0, 1]")
-        if x.ndim != 4 or x.shape[1:] != self.image_shape:
-            raise InputError(f"images: shape {x.shape}; expected (n, *{self.image_shape})")
+        """Encode images in [0, 1]; raises as :func:`check_images`."""
+        check_images(x, self.image_shape)
         h = self.enter(rearrange(2.0 * x - 1.0, "n h w c -> n (h w c)").astype(self.dtype))
         for block in self.blocks:
             h = block(h)

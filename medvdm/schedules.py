@@ -30,24 +30,28 @@ def check_range(gamma_min: float, gamma_max: float) -> None:
         )
 
 
-class FixedLinear(nnx.Module):
-    r""":math:`\gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) t` with constants for ends.
-
-    Raises:
-        InputError: ends that are not finite or not in rising order.
-    """
+class _Fixed(nnx.Module):
+    """A schedule without parameters, between two constants."""
 
     def __init__(self, gamma_min: float, gamma_max: float):
         check_range(gamma_min, gamma_max)
         self.gamma_min = float(gamma_min)
         self.gamma_max = float(gamma_max)
 
+
+class FixedLinear(_Fixed):
+    r""":math:`\gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) t` with constants for ends.
+
+    Raises:
+        InputError: ends that are not finite or not in rising order.
+    """
+
     def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         # (1 - t) a + t b, unlike a + (b - a) t, gives exactly b at t = 1 in floating point.
         return (1.0 - t) * self.gamma_min + t * self.gamma_max
 
 
-class FixedCosine(nnx.Module):
+class FixedCosine(_Fixed):
     r"""The cosine schedule cut to a range: :math:`\gamma(t) = 2 \log \tan a(t)`, with a(t) linear in time.
 
     .. math:: a(t) = (1 - t)\, a_0 + t\, a_1, \qquad a_i = \arctan e^{\gamma_i / 2}
@@ -58,11 +62,6 @@ class FixedCosine(nnx.Module):
     Raises:
         InputError: ends that are not finite or not in rising order.
     """
-
-    def __init__(self, gamma_min: float, gamma_max: float):
-        check_range(gamma_min, gamma_max)
-        self.gamma_min = float(gamma_min)
-        self.gamma_max = float(gamma_max)
 
     def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         def log_sine(sign: float) -> Float[Array, "..."]:

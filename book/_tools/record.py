@@ -83,21 +83,16 @@ def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
     steps = runs.read_lines(run / runs.METRICS)
     evaluations = [runs.read_json(path) for path in sorted((run / runs.RESULTS).glob("*.json"))]
     return {
-        "schema": SCHEMA["properties"]["schema"]["const"],
-        "kind": "run",
-        "name": name,
+        **_head("run", name, config),
         "command": train_command(config),
         "version": start["version"],
         "commit": commit,
         "environment": start["environment"],
-        "seed": config.training.seed,
         "seconds": round(sum(1 / line["steps_per_second"] for line in steps)),
-        "config": _settings(config),
         "data": start["data"],
         "metrics": _binned(steps),
         "validation": runs.read_lines(run / runs.EVALUATIONS),
         "evaluations": sorted(({**e, "run": name} for e in evaluations), key=lambda e: (e["split"], e["step"])),
-        "phantom": phantom_curve(config),
     }
 
 
@@ -110,21 +105,29 @@ def experiment(name: str, *, config: RunConfig, seconds: float, results: dict[st
         seconds: that it took.
         results: tables, as lists of flat dicts. Numbers are kept to six digits.
     """
-    entry = {
+    return write(
+        {
+            **_head("experiment", name, config),
+            "command": experiment_command(),
+            "version": runs.version(),
+            "commit": commit_here(),
+            "environment": runs.environment(),
+            "seconds": round(seconds),
+            "results": _rounded(results),
+        }
+    )
+
+
+def _head(kind: str, name: str, config: RunConfig) -> dict[str, Any]:
+    """What the records of runs and of experiments share."""
+    return {
         "schema": SCHEMA["properties"]["schema"]["const"],
-        "kind": "experiment",
+        "kind": kind,
         "name": name,
-        "command": experiment_command(),
-        "version": runs.version(),
-        "commit": commit_here(),
-        "environment": runs.environment(),
         "seed": config.training.seed,
-        "seconds": round(seconds),
         "config": _settings(config),
-        "results": _rounded(results),
         "phantom": phantom_curve(config),
     }
-    return write(entry)
 
 
 def write(entry: dict[str, Any]) -> Path:
