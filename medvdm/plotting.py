@@ -156,7 +156,7 @@ def strip(
         gammas = np.asarray(gammas, np.float64)
         if gammas.shape != (k,):
             raise InputError(f"gammas: shape {gammas.shape}; expected {(k,)}, one a state")
-        lines["\u03b3"] = [_minus(f"{gamma:.1f}") for gamma in gammas]
+        lines["\u03b3"] = [_minus(f"{gamma:z.1f}") for gamma in gammas]  # z: never "-0.0"
     narrow = k > 12  # the symbols stand once, at the left, where there is no room for them above every column
     above = [
         "\n".join(v if narrow else f"{name} = {v}" for name, v in zip(lines, column, strict=True))

@@ -95,6 +95,13 @@ def test_components_agree_with_a_dense_decomposition(start):
     np.testing.assert_allclose(found["components"] @ found["components"].T, np.eye(6), atol=1e-4)
 
 
+def test_components_do_not_depend_on_the_random_start_in_their_sign_either(start):
+    images = start[1]
+    x = images.read(images.indices("train"))
+    one, other = (linear.principal_components(x, 6, key=jax.random.key(seed))["components"] for seed in (0, 1))
+    np.testing.assert_allclose(one, other, atol=0.01)
+
+
 def test_augmented_copies_widen_the_variances(start):
     images = start[1]
     x = images.read(images.indices("train"))

@@ -153,7 +153,7 @@ def test_grid_refuses_titles_and_columns_that_do_not_fit(images) -> None:
 
 def test_strip_has_states_from_left_to_right_and_images_from_top_to_bottom() -> None:
     states = (np.arange(6, dtype=np.float32) / 10).reshape(3, 2, 1, 1, 1) * np.ones((3, 2, 4, 4, 1), np.float32)
-    figure = plotting.strip(states, [1.0, 0.5, 0.0], synthetic=True, gammas=[5.0, 0.0, -6.0], row_titles=["u", "v"])
+    figure = plotting.strip(states, [1.0, 0.5, 0.0], synthetic=True, gammas=[5.0, -0.01, -6.0], row_titles=["u", "v"])
     sheet = figure.axes[0].images[0].get_array().data
     gap = (sheet.shape[1] - 12) // 2
     shown = sheet[:: 4 + gap, :: 4 + gap]
