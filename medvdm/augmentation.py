@@ -48,5 +48,5 @@ def augment(
         x = jnp.swapaxes(jax.vmap(resample)(jnp.swapaxes(x, 1, 2), sizes[:, 1], shifts[:, 1]), 1, 2)
     if exposure:
         exponent = jnp.exp(exposure * jax.random.normal(key_exposure, (n, 1, 1, 1)))
-        x = jnp.clip(x, 1e-6, 1.0) ** exponent
+        x = jnp.clip(x, 0.0, 1.0) ** exponent  # black stays black
     return x

@@ -135,7 +135,7 @@ def linear_gaussian_vdm(
 
     ``noise`` is r, one for all components or one for each, (k,). With k = 0 it is the mean image, at no rate.
     """
-    f = (x - mean) @ components.T
+    f, variances = (x - mean) @ components.T, _floating(variances)
     noise = np.broadcast_to(np.asarray(noise, variances.dtype), variances.shape)
     total = variances + noise**2
     rate = 0.5 * np.sum((f**2 + noise**2) / total - 1.0 + np.log(total / noise**2), axis=-1, dtype=np.float64)
@@ -145,6 +145,12 @@ def linear_gaussian_vdm(
     nodes = zip(_NODES, _WEIGHTS, strict=True)
     reconstruction = sum(w * cross_entropy(x, centre + np.float32(node) * spread) for node, w in nodes)
     return reconstruction, rate
+
+
+def _floating(numbers: np.ndarray) -> np.ndarray:
+    """As floats, so that a noise in the same type is not cut to an integer."""
+    numbers = np.asarray(numbers)
+    return numbers if np.issubdtype(numbers.dtype, np.floating) else numbers.astype(np.float64)
 
 
 def water_filling(variances: np.ndarray, level: float) -> np.ndarray:
@@ -164,7 +170,7 @@ def water_filling(variances: np.ndarray, level: float) -> np.ndarray:
 
     Source: Cover and Thomas, Elements of Information Theory, section 10.3.3.
     """
-    variances = np.asarray(variances)
+    variances = _floating(variances)
     if not (np.isfinite(level) and level > 0):
         raise InputError(f"level: {level}; expected a positive number")
     if variances.ndim != 1 or not (np.all(variances > 0) and np.all(np.diff(variances) <= 0)):
@@ -213,7 +219,7 @@ def rate_distortion(
             raise InputError(f"{name}: {images.shape[1]} pixels an image; expected {len(mean)}, as the mean has")
     if not latents or min(latents) < 1:
         raise InputError(f"latents: {tuple(latents)}; expected numbers of components, each at least 1")
-    if not noises or not min(noises) > 0:
+    if not noises or not all(math.isfinite(r) and r > 0 for r in noises):
         raise InputError(f"noises: {tuple(noises)}; expected positive numbers")
     trades = []
     for k in (k for k in latents if k <= len(components)):

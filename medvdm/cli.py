@@ -300,7 +300,7 @@ def _audit_table(r: dict[str, Any]) -> str:
             line("nearest training image, pixels", "nearest_pixel", 4),
             line("  the smallest of the set", "nearest_pixel_least", 4),
             line("nearest training image, PCA", "nearest_pca", 4),
-            "decoded: the held-out images through encoder and decoder; real: training images, the yardstick",
+            "decoded: the held-out images through encoder and decoder; real: the other held-out split, the yardstick",
         ]
     )
 

@@ -76,8 +76,12 @@ def fit(
     layout = Layout(config.training.batch_size)
     indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
     if config.model.architecture == "linear-start":
+        augmented = any(training.augmentations(config.training).values())
         linear.check_components(
-            config.model.latent, len(indices), config.model.dimensions, config.training.basis_copies
+            config.model.latent,
+            min(len(indices), baselines.MAX_IMAGES),
+            config.model.dimensions,
+            config.training.basis_copies if augmented else 0,
         )
     if resume:
         _check_same(out, config, data)
@@ -132,13 +136,14 @@ def first_state(config: RunConfig, data: ImageData, layout: Layout) -> training.
     init = jax.jit(lambda: training.init_state(config.model, config.training), out_shardings=layout.replicated)
     state = init()
     if config.model.architecture == "linear-start":
-        basis = linear.principal_components(
-            data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
-            config.model.latent,
-            key=jax.random.fold_in(jax.random.key(config.training.seed), 2**31 - 1),  # no step has this number
-            copies=config.training.basis_copies,
-            **training.augmentations(config.training),
-        )
+        with jax.default_matmul_precision("highest"):  # a GPU's short products would leave them orthogonal to 3 digits
+            basis = linear.principal_components(
+                data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
+                config.model.latent,
+                key=jax.random.fold_in(jax.random.key(config.training.seed), 2**31 - 1),  # no step has this number
+                copies=config.training.basis_copies,
+                **training.augmentations(config.training),
+            )
         measured = {vdm.BASIS: jax.device_put(basis, layout.replicated)}
         ema = None if state.ema is None else state.ema | _copy(measured)
         state = state._replace(params=state.params | measured, ema=ema)

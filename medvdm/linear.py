@@ -147,11 +147,12 @@ class LinearScore(nnx.Module):
 
 
 def check_components(k: int, images: int, pixels: int, copies: int) -> None:
-    """Raise InputError unless k components can be measured on the images and their copies."""
-    most = min(images * (1 + copies) - 1, pixels)
+    """Raise InputError unless k components can be measured on the images and ``copies`` augmented copies of each."""
+    most = min(images * (1 + copies) - 1, pixels)  # n images span n - 1 directions
     if not 0 < k <= most:
+        wanted = f"1 to {most}" if most else "more images: one alone has no components"
         raise InputError(
-            f"latent: {k}; expected at most {most}, for {images} training images of {pixels} pixels and {copies} "
+            f"latent: {k}; expected {wanted}, for {images} training images of {pixels} pixels and {copies} "
             "augmented copies of each (basis_copies)"
         )
 
@@ -184,7 +185,7 @@ def principal_components(
     """
     n, pixels = len(x), int(np.prod(x.shape[1:]))
     total = n * (1 + copies)
-    check_components(k, n, pixels, copies)
+    check_components(k, n, pixels, copies if any(augmentations.values()) else 0)
     key_start, key_copies = jax.random.split(key)
     change = jax.jit(partial(augmentation.augment, **augmentations))
 

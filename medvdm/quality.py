@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medvdm.errors import InputError
+from medvdm.evaluation import clustered_stderr
 
 #: Weights of the scales, finest first (Wang, Simoncelli and Bovik, 2003).
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -108,8 +109,9 @@ def pair_similarity(
 
     Pairs join images of different ``groups`` (patients), so that two visits of one patient do not count as alikeness.
     A mean over pairs of N images has about N, not N^2 / 2, independent parts: with :math:`h_i` the mean over the pairs
-    that image i is in, the error is :math:`2\, \mathrm{sd}(h_i) / \sqrt N` (the first term of a U-statistic's
-    variance; a few pairs an image make it too large rather than too small).
+    that image i is in, the error is twice that of the mean of the :math:`h_i` (the first term of a U-statistic's
+    variance; a few pairs an image make it too large rather than too small), clustered by group. NaN with fewer than
+    three groups.
 
     Raises:
         InputError: fewer than two groups, or images too small (:func:`ms_ssim`).
@@ -131,8 +133,9 @@ def pair_similarity(
     values = np.concatenate(parts)
     sums = np.bincount(first, values, n) + np.bincount(second, values, n)
     count = np.bincount(first, minlength=n) + np.bincount(second, minlength=n)
-    means = sums[count > 0] / count[count > 0]
-    return float(values.mean()), float(2 * means.std(ddof=1) / math.sqrt(len(means)))
+    means, met = sums[count > 0] / count[count > 0], groups[count > 0]
+    error = 2 * clustered_stderr(means, met) if len(set(met.tolist())) > 2 else math.nan
+    return float(values.mean()), error
 
 
 # --- Scales and gray values ---------------------------------------------------------------------------------------
@@ -159,8 +162,9 @@ def power_spectrum(images: np.ndarray) -> np.ndarray:
     rows, columns = np.fft.fftfreq(height)[:, None] * side, np.fft.fftfreq(width) * side
     radius = np.rint(np.hypot(rows, columns)).astype(int).ravel()
     wanted = (radius >= 1) & (radius <= side // 2)
-    ring = np.eye(side // 2, dtype=power.dtype)[radius[wanted] - 1]
-    return power[:, wanted] @ (ring / ring.sum(axis=0))
+    ring = radius[wanted] - 1
+    sums = np.stack([np.bincount(ring, one, side // 2) for one in power[:, wanted]])
+    return sums / np.bincount(ring, minlength=side // 2)
 
 
 def gray_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -275,7 +279,8 @@ def two_sample(
 
     0.5 is chance: the classifier found nothing, which does not prove that there is nothing. 1 means that every image
     was told apart. Images of one group (patient) are in one fold. The AUC is the mean over the folds. Its error treats
-    their classifiers as given, and as unrelated although they share training images.
+    their classifiers as given, and as unrelated although they share training images. That makes it too small: by about
+    1.4 times where there is nothing to find (measured on Gaussian features, 60 rows of 16 in each set).
 
     Args:
         a, b: (n, d) and (m, d) features.
@@ -344,8 +349,8 @@ def nearest(
             raise InputError(f"reference: {other.shape[1]} entries a row; expected {rows.shape[1]}")
         squared = np.sum(rows**2, axis=1)[:, None] + np.sum(other**2, axis=1) - 2 * rows @ other.T
         if groups is not None and reference_groups is not None:
-            theirs = np.asarray(reference_groups)[offset : offset + len(other)]
-            squared[np.asarray(groups)[:, None] == theirs] = np.inf
+            ours, theirs = (np.array([str(g) for g in names]) for names in (groups, reference_groups))
+            squared[ours[:, None] == theirs[offset : offset + len(other)]] = np.inf
         found = squared.argmin(axis=1)
         exact = np.mean((rows - other[found]) ** 2, axis=1)  # the difference of large numbers above is only nearly that
         exact[np.isinf(squared[np.arange(len(rows)), found])] = np.inf
@@ -387,7 +392,8 @@ def audit(
 ) -> dict[str, Any]:
     """All audits of a set of images against real held-out ones.
 
-    For the yardstick, give real images of yet other patients as ``images``.
+    For the yardstick, give real images of yet other patients as ``images``: not training images, for the components
+    of ``space`` were fitted on them, and a classifier can tell (the scores of training images vary more than others').
 
     Args:
         images: the set to audit, such as samples.

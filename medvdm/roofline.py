@@ -108,7 +108,13 @@ class Ceilings:
 
 
 def dense_layers(model: vdm.VDMConfig) -> tuple[Dense, ...]:
-    """All dense layers of a model, in the order in which an image passes them. Names start with their network's."""
+    """All dense layers of a model, in the order in which an image passes them. Names start with their network's.
+
+    Raises:
+        InputError: an architecture that is not made of dense layers only.
+    """
+    if model.architecture != "residual":
+        raise InputError(f"architecture: '{model.architecture}'; expected 'residual', whose layers are all dense")
     c, inner, pixels = model.embedding_dim, model.inner_width, model.dimensions
 
     def stack(name: str, enter: int, width: int, layers: int, leave: int) -> list[Dense]:

@@ -466,8 +466,9 @@ def audit_sets(
     """The sets of images that an audit compares, each with the name of every image's patient.
 
     ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
-    be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, training images;
-    ``held_out``, the real images that all others are held against. A drawn image is a patient of its own.
+    be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, images of the
+    other held-out split (missing where it has fewer than four patients); ``held_out``, the real images that all others
+    are held against. A drawn image is a patient of its own.
 
     Raises:
         as :func:`audit`.
@@ -478,14 +479,14 @@ def audit_sets(
         raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
     if data.fingerprint() != run.record["data"]["fingerprint"]:
         raise _changed(run)
-    train, held_out = data.indices("train"), data.indices(split)
+    # Not training images: the components, which are a feature space of the audit, were fitted on those.
+    held_out, other = data.indices(split), np.flatnonzero(data.splits == ("val" if split == "test" else "test"))
     if label is not None:
         index = data_.index_of(label, run.class_names, "label")
-        train, held_out = (i[data.labels[i, index] > 0] for i in (train, held_out))
-        if not len(train) or not len(held_out):
-            raise DataError(f"{data.name}: no image of '{label}' in '{split}' or 'train'; expected some in both")
+        held_out, other = (i[data.labels[i, index] > 0] for i in (held_out, other))
+        if not len(held_out):
+            raise DataError(f"{data.name}: no image of '{label}' in '{split}'; expected some")
     drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
-    known = np.sort(np.random.default_rng(seed).permutation(train)[: max(num, len(held_out))])
     x, key = data.read(held_out), jax.random.key(seed)
     size = min(len(x), 64)
     rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
@@ -500,7 +501,7 @@ def audit_sets(
         "linear_gaussian": None
         if linear is None
         else (linear.reshape(drawn.shape), _strangers("linear-gaussian sample", num)),
-        "real": (data.read(known), data.patients[known]),
+        "real": (data.read(other), data.patients[other]) if len(set(data.patients[other])) >= 4 else None,
         "held_out": (x, data.patients[held_out]),
     }
     return {name: given for name, given in sets.items() if given is not None}

@@ -60,8 +60,13 @@ class FixedCosine(_Fixed):
     Source: Nichol & Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).
 
     Raises:
-        InputError: ends that are not finite or not in rising order.
+        InputError: ends that are not in rising order, or beyond +-80, where the sine of an angle is 0 in float32.
     """
+
+    def __init__(self, gamma_min: float, gamma_max: float):
+        super().__init__(gamma_min, gamma_max)
+        if max(-gamma_min, gamma_max) > 80.0:
+            raise InputError(f"gamma_min, gamma_max: {gamma_min}, {gamma_max}; expected within +-80 for a cosine")
 
     def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         def log_sine(sign: float) -> Float[Array, "..."]:

@@ -289,8 +289,9 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat.
-        images = augmentation.augment(jax.random.fold_in(key, 1), images, **augmentations(config))
+        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat. It splits it
+        # in two, and fold_in of 0 or 1 would be these two again.
+        images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
         trained, measured = vdm.partition(state.params)
         grads, metrics = gradient(graph, config, state.params, images, labels, key)
         updates, opt_state = optimise.update(grads, state.opt_state, trained)

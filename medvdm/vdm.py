@@ -209,7 +209,12 @@ def split(model: VDM) -> tuple[nnx.GraphDef, Params]:
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> VDM:
-    """The inverse of :func:`split`; works inside jit and grad."""
+    """The inverse of :func:`split`; works inside jit and grad.
+
+    Give a compiled function the parameters as an argument and merge inside, as the library does. A model that is
+    closed over becomes a constant of the program, and XLA on a CPU (jaxlib 0.10.2) can compute garbage from a constant
+    matrix of equal entries, such as a last layer that still is zero, where a batch has hundreds of rows.
+    """
     return nnx.merge(graph, nnx.State(params))
 
 

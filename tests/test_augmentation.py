@@ -46,14 +46,50 @@ def test_images_stay_in_range_upright_and_each_gets_its_own_draw(images):
     assert bool((jnp.diff(ramps, axis=1) >= -1e-6).all()) and bool((jnp.diff(ramps, axis=2) >= -1e-6).all())
 
 
-def test_the_spread_of_the_draws_is_the_setting():
-    # A linear ramp shifted by s falls by its slope times s, away from the border: the draws can be read off.
-    side, n = 64, 4000
-    ramp = jnp.asarray(np.repeat(np.arange(side) / side, side).reshape(1, side, side, 1), jnp.float32)
-    out = augmentation.augment(jax.random.key(3), jnp.repeat(ramp, n, axis=0), shift=0.03)
-    shifts = -(np.asarray(out[:, 32, 32, 0]) - 0.5)  # as a fraction of the side
-    assert abs(shifts.mean()) < 4 * 0.03 / np.sqrt(n)
-    assert abs(shifts.std() - 0.03) < 4 * 0.03 / np.sqrt(2 * n)
+DRAWS, SIDES = 2000, (16, 24)  # not square, so that a mixed-up side shows
+
+
+def ramps(**settings):
+    """Many draws of one image, a ramp down the rows in channel 0 and along the columns in channel 1, a pixel a pixel:
+    away from the border, one draw shows in both channels and can be read off."""
+    place = np.stack(np.mgrid[: SIDES[0], : SIDES[1]], axis=-1)[None] / max(SIDES)
+    images = jnp.repeat(jnp.asarray(place, jnp.float32), DRAWS, axis=0)
+    return max(SIDES) * np.asarray(augmentation.augment(jax.random.key(3), images, **settings), np.float64)
+
+
+def assert_normal_with(draws, deviation):
+    assert abs(draws.mean()) < 4 * deviation / np.sqrt(len(draws))
+    assert abs(draws.std() - deviation) < 4 * deviation / np.sqrt(2 * len(draws))
+
+
+def test_the_spread_of_the_shifts_is_the_setting_times_each_side_and_each_side_has_its_own_draw():
+    out = ramps(shift=0.03)
+    down, along = ([8, 12][axis] - out[:, 8, 12, axis] for axis in (0, 1))
+    assert_normal_with(down, 0.03 * SIDES[0])
+    assert_normal_with(along, 0.03 * SIDES[1])
+    assert abs(np.corrcoef(down, along)[0, 1]) < 4 / np.sqrt(DRAWS)
+
+
+def test_the_spread_of_the_sizes_is_the_setting_and_half_of_it_again_for_each_side():
+    out = ramps(size=0.1)
+    down = -np.log((out[:, 10, 12, 0] - out[:, 6, 12, 0]) / 4)  # stretched, a ramp is less steep
+    along = -np.log((out[:, 8, 14, 1] - out[:, 8, 10, 1]) / 4)
+    for sizes in (down, along):
+        assert_normal_with(sizes, 0.1 * np.sqrt(1.25))
+    shared = 1 / 1.25
+    assert abs(np.corrcoef(down, along)[0, 1] - shared) < 4 * (1 - shared**2) / np.sqrt(DRAWS)
+
+
+def test_the_spread_of_the_exposures_is_the_setting():
+    gray = jnp.full((DRAWS, 2, 1, 1), 0.5)
+    out = np.asarray(augmentation.augment(jax.random.key(4), gray, exposure=0.2), np.float64)
+    np.testing.assert_array_equal(out[:, 0], out[:, 1])
+    assert_normal_with(np.log(np.log(out[:, 0, 0, 0]) / np.log(0.5)), 0.2)
+
+
+def test_black_stays_black_and_white_stays_white_at_any_exposure():
+    ends = jnp.repeat(jnp.asarray([0.0, 1.0]).reshape(1, 2, 1, 1), 100, axis=0)
+    np.testing.assert_array_equal(augmentation.augment(jax.random.key(5), ends, exposure=0.5), ends)
 
 
 def test_training_augments_by_its_settings_and_repeats():

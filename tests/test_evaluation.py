@@ -50,9 +50,13 @@ def small() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def result(small: tuple[Any, Any]) -> dict[str, Any]:
+def fitted() -> baselines.Baselines:
     train = images(80, seed=5).read(np.arange(80))
-    fitted = baselines.fit(train, train[:10])
+    return baselines.fit(train, train[:10])
+
+
+@pytest.fixture(scope="module")
+def result(small: tuple[Any, Any], fitted: baselines.Baselines) -> dict[str, Any]:
     return evaluate_weights(*small, images(14), "test", baselines=fitted, draws=4, batch_size=14)
 
 
@@ -205,6 +209,24 @@ def test_patients_enter_the_error(small: tuple[Any, Any]) -> None:
     totals = evaluation.bound_terms(graph, params, x, labels, draws=2, key=key).sum(axis=1).mean(axis=0)
     expected = clustered_stderr(totals.astype(np.float64), one.patients) / PIXELS / math.log(2)
     assert by_patient["vlb_bpd_stderr"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_error_against_the_linear_gaussian_vdm_is_that_of_the_paired_difference_by_patient(
+    small: tuple[Any, Any], fitted: baselines.Baselines, result: dict[str, Any]
+) -> None:
+    data = images(14)
+    x, labels = data.read(np.arange(14)), data.labels.astype(np.float32)
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0]
+    terms = evaluation.bound_terms(*small, x, labels, draws=4, key=key).astype(np.float64)
+    ours, theirs = terms.sum(axis=1).mean(axis=0), sum(fitted.linear_gaussian(x))
+    bits = PIXELS * math.log(2)
+    assert result["over_lingauss_bpd"] == pytest.approx((ours - theirs).mean() / bits, rel=1e-6)
+    paired = clustered_stderr(ours - theirs, data.patients) / bits
+    assert result["over_lingauss_bpd_stderr"] == pytest.approx(paired, rel=1e-6)
+    # The test could fail: the error without pairs, and that without patients, are others.
+    unpaired = math.hypot(clustered_stderr(ours, data.patients), clustered_stderr(theirs, data.patients)) / bits
+    alone = scipy.stats.sem(ours - theirs) / bits
+    assert min(abs(unpaired / paired - 1), abs(alone / paired - 1)) > 0.01
 
 
 def test_the_error_over_noise_is_the_spread_of_repeats_and_shrinks_with_draws(small: tuple[Any, Any]) -> None:

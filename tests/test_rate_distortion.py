@@ -119,6 +119,19 @@ def test_water_filling_spends_no_more_than_one_common_noise_for_the_same_error()
         assert rates[0] < rates[1]
 
 
+def test_variances_may_be_integers():
+    whole = np.array([5, 3, 1])
+    noise = baselines.water_filling(whole, 0.7)
+    np.testing.assert_array_equal(noise, baselines.water_filling(whole.astype(float), 0.7))
+    assert np.all(noise % 1 > 0)  # the test could fail
+    mean, components, _ = fitted(3)
+    found, expected = (
+        baselines.linear_gaussian_vdm(gray_images(3, seed=2), mean, components, variances, 0.7)
+        for variances in (whole, whole.astype(float))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("level", [0.0, -1.0, math.nan, math.inf])
 def test_water_filling_refuses_a_level_that_is_none(level):
     with pytest.raises(InputError, match="level"):
@@ -162,6 +175,8 @@ def test_rate_distortion_takes_for_each_size_the_noise_that_is_best_on_validatio
         ({"latents": ()}, "latents"),
         ({"noises": (0.5, 0.0)}, "noises"),
         ({"noises": (math.nan,)}, "noises"),
+        ({"noises": (0.5, math.nan, 1.0)}, "noises"),
+        ({"noises": (0.5, math.inf)}, "noises"),
     ],
 )
 def test_rate_distortion_refuses_what_it_cannot_use(change, words):

@@ -35,6 +35,8 @@ MODEL = vdm.VDMConfig(
     score_layers=1,
 )
 
+LINEAR_START = replace(MODEL, architecture="linear-start")
+
 
 @pytest.mark.parametrize(
     "model",
@@ -147,6 +149,19 @@ def test_work_of_samples() -> None:
     assert decoder.flops == 2 * (16 * 128 + 2 * 128 * 256 + 128 * 1024)
 
 
+def test_work_of_one_sample_by_hand() -> None:
+    """Every layer of a model small enough to be written out, the conditions of each step included."""
+    model = vdm.VDMConfig(
+        image_shape=(2, 3, 1), latent=2, embedding_dim=4, decoder_width=5, inner_width=7, decoder_layers=1, score_layers=2
+    )  # fmt: skip
+    mix, films = 8 * 16 + 16 * 16 + 16 * 4, 2 * (4 * 14)
+    score = 2 * 4 + 2 * (4 * 7 + 7 * 4) + 4 * 2
+    decode = 2 * 5 + (5 * 7 + 7 * 5) + 5 * 6
+    chain, decoder = roofline.sample_work(model, num=1, steps=3)
+    assert chain.flops == 2 * 3 * (mix + films + score) and chain.bytes == 4 * 3 * (mix + films + score)
+    assert decoder.flops == 2 * decode and decoder.bytes == 4 * (decode + 6)
+
+
 def test_measured_ceilings_and_the_report_can_be_written_as_json() -> None:
     limits = roofline.ceilings(side=64, numbers=2**12, repeats=1)
     assert 0 < limits.bytes_per_second < math.inf and 0 < limits.flops_per_second < math.inf
@@ -165,6 +180,8 @@ def test_measured_ceilings_and_the_report_can_be_written_as_json() -> None:
         (lambda: roofline.ceilings(dtype="float23"), "dtype: 'float23'; did you mean 'float32'"),
         (lambda: roofline.ceilings(side=0), "side: 0; expected at least 1"),
         (lambda: roofline.ceilings(repeats=0), "repeats: 0; expected at least 1"),
+        (lambda: roofline.dense_layers(LINEAR_START), "architecture: 'linear-start'; expected 'residual'"),
+        (lambda: roofline.step_work(LINEAR_START, training.TrainConfig()), "architecture: 'linear-start'; expected"),
         (lambda: roofline.sample_work(MODEL, num=0, steps=1), "num: 0; expected at least 1"),
         (lambda: roofline.sample_work(MODEL, num=1, steps=-1), "steps: -1; expected at least 1"),
     ],

@@ -131,6 +131,16 @@ def test_ends_out_of_order_or_not_finite_are_refused(low, high):
             build(low, high)
 
 
+def test_cosine_schedule_reaches_80_with_a_finite_slope_and_refuses_what_is_beyond():
+    gamma, slope = slopes(schedules.FixedCosine(-80.0, 80.0), jnp.asarray([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(gamma, [-80.0, 0.0, 80.0], atol=1e-5)
+    assert np.all(np.isfinite(slope)) and np.all(np.asarray(slope) > 0)
+    for low, high in ((-80.5, 1.0), (-5.0, 81.0)):
+        with pytest.raises(InputError, match=f"gamma_min, gamma_max: {low}, {high}; expected within") as problem:
+            schedules.FixedCosine(low, high)
+        assert "\n" not in str(problem.value)
+
+
 def test_make_knows_every_name_and_suggests_the_nearest():
     for name in schedules.NAMES:
         assert float(schedules.make(name, -5.0, 1.0, rngs=nnx.Rngs(0))(jnp.zeros(()))) == -5.0

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from medvdm import training, vdm, vlb
+from medvdm import augmentation, training, vdm, vlb
 from medvdm.errors import InputError
 from medvdm.training import TrainConfig
 
@@ -204,6 +204,33 @@ def test_gradient_difference_term_enters_the_loss_with_its_weight_and_not_the_bo
     term = vlb.bound(model, images, key=key_bound, with_gradient_difference=True).gradient_difference
     assert weighted - plain == pytest.approx(0.5 * float(term.mean()) / 24 / math.log(2), rel=1e-3)
     assert of_weighted.vlb_bpd == of_plain.vlb_bpd == plain
+
+
+def test_augmentation_has_a_key_of_its_own_at_each_step_and_seed(small, monkeypatch):
+    """Neither the step's key, which the loss gets, nor one of the two that the loss splits it into."""
+    config, _, params = small
+
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments):
+        raise Stop(arguments[-1])
+
+    def keys_of(seed, step):
+        seen = []
+        monkeypatch.setattr(augmentation, "augment", lambda key, images, **_: (seen.append(key), images)[1])
+        monkeypatch.setattr(training, "gradient", stop)
+        train = dataclasses.replace(TRAIN, seed=seed)
+        state = state_of(params, train)._replace(step=jnp.asarray(step, jnp.int32))
+        with pytest.raises(Stop) as stopped:
+            training.make_step(config, train)(state, *batch(config))
+        (own,), (of_loss,) = seen, stopped.value.args
+        return [tuple(np.asarray(jax.random.key_data(key))) for key in (own, of_loss, *jax.random.split(of_loss))]
+
+    steps = {(seed, step): keys_of(seed, step) for seed in (0, 1) for step in (0, 1, 2)}
+    every = [key for keys in steps.values() for key in keys]
+    assert len(set(every)) == len(every) == 24
+    assert keys_of(1, 2) == steps[1, 2]
 
 
 def test_initial_state_is_a_pure_function_of_the_configs():
