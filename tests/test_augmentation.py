@@ -49,7 +49,7 @@ def test_images_stay_in_range_upright_and_each_gets_its_own_draw(images):
 DRAWS, SIDES = 2000, (16, 24)  # not square, so that a mixed-up side shows
 
 
-def ramps(**settings):
+def changed_ramps(**settings):
     """Many draws of one image, a ramp down the rows in channel 0 and along the columns in channel 1, a pixel a pixel:
     away from the border, one draw shows in both channels and can be read off."""
     place = np.stack(np.mgrid[: SIDES[0], : SIDES[1]], axis=-1)[None] / max(SIDES)
@@ -63,7 +63,7 @@ def assert_normal_with(draws, deviation):
 
 
 def test_the_spread_of_the_shifts_is_the_setting_times_each_side_and_each_side_has_its_own_draw():
-    out = ramps(shift=0.03)
+    out = changed_ramps(shift=0.03)
     down, along = ([8, 12][axis] - out[:, 8, 12, axis] for axis in (0, 1))
     assert_normal_with(down, 0.03 * SIDES[0])
     assert_normal_with(along, 0.03 * SIDES[1])
@@ -71,7 +71,7 @@ def test_the_spread_of_the_shifts_is_the_setting_times_each_side_and_each_side_h
 
 
 def test_the_spread_of_the_sizes_is_the_setting_and_half_of_it_again_for_each_side():
-    out = ramps(size=0.1)
+    out = changed_ramps(size=0.1)
     down = -np.log((out[:, 10, 12, 0] - out[:, 6, 12, 0]) / 4)  # stretched, a ramp is less steep
     along = -np.log((out[:, 8, 14, 1] - out[:, 8, 10, 1]) / 4)
     for sizes in (down, along):

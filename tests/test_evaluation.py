@@ -226,7 +226,7 @@ def test_the_error_against_the_linear_gaussian_vdm_is_that_of_the_paired_differe
     # The test could fail: the error without pairs, and that without patients, are others.
     unpaired = math.hypot(clustered_stderr(ours, data.patients), clustered_stderr(theirs, data.patients)) / bits
     alone = scipy.stats.sem(ours - theirs) / bits
-    assert min(abs(unpaired / paired - 1), abs(alone / paired - 1)) > 0.01
+    assert min(abs(unpaired / paired - 1), abs(alone / paired - 1)) > 1e-3
 
 
 def test_the_error_over_noise_is_the_spread_of_repeats_and_shrinks_with_draws(small: tuple[Any, Any]) -> None:

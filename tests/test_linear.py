@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvdm import baselines, config, data, fitting, linear, training, vdm, vlb
+from medvdm import augmentation, baselines, config, data, fitting, linear, training, vdm, vlb
 from medvdm.devices import Layout
 from medvdm.errors import InputError, InputTypeError
 
@@ -39,19 +39,24 @@ def closed_form(state, settings, x):
     )
 
 
-def test_before_training_the_rate_is_that_of_the_closed_form(start, model):
+def test_before_training_the_rate_is_that_of_the_closed_form(start):
     settings, images, state = start
     x = images.read(images.indices("test"))
     rate = closed_form(state, settings, x)[1].mean()
 
-    @jax.jit
-    def estimate(key):
-        terms = vlb.bound(model, jnp.asarray(x), key=key)
+    def estimate(params, key):
+        # The parameters are an argument: a model that is closed over becomes a constant, and XLA on a CPU (jaxlib
+        # 0.10.2) miscompiles products with a constant of equal entries, as the last layers' zeros, in large batches.
+        terms = vlb.bound(vdm.merge(graph, params), jnp.asarray(x), key=key)
         return jnp.mean(terms.diffusion + terms.prior)
 
-    draws = np.asarray([estimate(key) for key in jax.random.split(jax.random.key(0), 200)])
+    graph, keys = vdm.graph_of(settings.model), jax.random.split(jax.random.key(0), 200)
+    draws = np.asarray(jax.jit(jax.vmap(estimate, in_axes=(None, 0)))(state.params, keys), np.float64)
+    assert np.isfinite(draws).all()
     assert abs(draws.mean() - rate) < 4 * draws.std(ddof=1) / np.sqrt(200)
     assert draws.std() / np.sqrt(200) < 0.03 * rate  # the test could fail
+    alone = jax.jit(estimate)
+    np.testing.assert_allclose([alone(state.params, key) for key in keys[:3]], draws[:3], rtol=1e-4)
 
 
 def test_before_training_the_noise_prediction_is_the_exact_denoiser(start, model):
@@ -63,6 +68,36 @@ def test_before_training_the_noise_prediction_is_the_exact_denoiser(start, model
         alpha2, sigma2 = 1 / (1 + np.exp(gamma)), 1 / (1 + np.exp(-gamma))
         exact = np.sqrt(sigma2) * np.asarray(z) / (alpha2 * variances + sigma2)
         np.testing.assert_allclose(model.eps_hat(z, condition), exact, rtol=2e-4)
+
+
+def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_denoisers_error():
+    """Random weights everywhere, and the formula of the module's head in numpy but for the network inside."""
+    settings = vdm.VDMConfig(
+        architecture="linear-start", image_shape=(4, 4, 1), latent=3, embedding_dim=4, decoder_width=4, inner_width=8,
+        decoder_layers=0, score_layers=1,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: vdm.new_params(settings, 0))
+    params = jax.tree.map(lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype), shapes)
+    variances = np.array([30.0, 2.0, 0.1])
+    params[vdm.BASIS]["variances"] = jnp.asarray(variances, jnp.float32)
+    gamma, z = np.array([-4.0, 0.0, 1.5, 6.0]), rng.standard_normal((4, 3))
+    alpha2, sigma2 = 1 / (1 + np.exp(gamma))[:, None], 1 / (1 + np.exp(-gamma))[:, None]
+    v = alpha2 * variances + sigma2
+
+    @jax.jit
+    def predict(params, z, whitened, gamma):
+        model = vdm.merge(vdm.graph_of(settings), params)
+        label = model.embed(None, n=4)
+        inner = model.score.net(whitened, model.score.net.condition(model.normalised(gamma), label))
+        return model.eps_hat(z, model.condition(gamma, label)), inner
+
+    arrays = (jnp.asarray(a, jnp.float32) for a in (z, z / np.sqrt(v), gamma))
+    found, inner = (np.asarray(a, np.float64) for a in predict(params, *arrays))
+    net = inner - z / np.sqrt(v)  # ScoreNet adds its input
+    correction = np.sqrt(alpha2 * variances / v) * net
+    np.testing.assert_allclose(found, np.sqrt(sigma2) * z / v + correction, rtol=1e-3, atol=1e-5)
+    assert np.abs(correction).min() > 1e-3  # the test could fail
 
 
 def test_before_training_the_picture_is_the_posterior_mean_where_the_clip_does_not_reach(start, model):
@@ -110,6 +145,41 @@ def test_augmented_copies_widen_the_variances(start):
     assert float(wide["variances"].sum()) > float(plain["variances"].sum())
 
 
+def test_every_copy_of_every_batch_is_augmented_by_a_key_of_its_own_the_same_in_each_pass(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        augmentation, "augment", lambda key, x, **_: (seen.append(tuple(jax.random.key_data(key).tolist())), x)[1]
+    )
+    x = np.random.default_rng(0).random((6, 2, 3, 1), np.float32)
+    with jax.disable_jit():  # so that keys are numbers
+        for seed in (0, 1):
+            linear.principal_components(x, 2, key=jax.random.key(seed), copies=2, batch_size=4, rounds=1, shift=0.1)
+    first, second = np.split(np.array(seen), 2)
+    assert len({tuple(key) for key in (*first[:4], *second[:4])}) == 8  # two batches, two copies, two keys
+    np.testing.assert_array_equal(first, np.tile(first[:4], (4, 1)))  # the mean, the start, one round, the variances
+
+
+def test_copies_count_as_images_only_where_they_are_augmented():
+    x = np.random.default_rng(0).random((20, 8, 8, 1), np.float32)
+    for settings in ({}, {"shift": 0.0, "size": 0.0, "exposure": 0.0}):
+        with pytest.raises(InputError, match="latent: 40; expected 1 to 19, for 20 training images") as problem:
+            linear.principal_components(x, 40, key=jax.random.key(0), copies=2, **settings)
+        assert "\n" not in str(problem.value)
+    found = linear.principal_components(x, 40, key=jax.random.key(0), copies=2, rounds=1, shift=0.1)
+    assert float(found["variances"].min()) > 1e-5  # the floor is 1e-6
+    linear.check_components(59, 20, 64, 2)
+    with pytest.raises(InputError, match="latent: 60; expected 1 to 59"):
+        linear.check_components(60, 20, 64, 2)
+    with pytest.raises(InputError, match="latent: 0; expected 1 to 16, for 20 training images of 16 pixels"):
+        linear.check_components(0, 20, 16, 0)
+
+
+def test_one_image_has_no_components():
+    with pytest.raises(InputError, match="latent: 1; expected more images: one alone has no components") as problem:
+        linear.principal_components(np.zeros((1, 8, 8, 1), np.float32), 1, key=jax.random.key(0), copies=3)
+    assert "\n" not in str(problem.value)
+
+
 def test_training_changes_everything_but_the_measured_part(start):
     settings, images, state = start
     settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, ema_decay=0.9))
@@ -141,14 +211,26 @@ def test_a_run_trains_resumes_and_samples(tmp_path):
     assert medvdm.sample(loaded, num=2, steps=5).images.shape == (2, 16, 16, 1)
 
 
-def test_too_many_components_are_refused_before_anything_is_written(tmp_path):
+OFF = {"augment_shift": 0.0, "augment_size": 0.0, "augment_exposure": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "most", "words"),
+    [
+        ({"latent": 50, "basis_copies": 0}, 2000, "latent: 50; expected 1 to 45, for 46 training images"),
+        ({"latent": 50, "basis_copies": 2, **OFF}, 2000, "latent: 50; expected 1 to 45, for 46 training images"),
+        ({"latent": 30, "basis_copies": 0}, 20, "latent: 30; expected 1 to 19, for 20 training images"),
+    ],
+    ids=["too many", "copies that are the images again", "more images than are looked at"],
+)
+def test_too_many_components_are_refused_before_anything_is_written(tmp_path, monkeypatch, changes, most, words):
     import medvdm
 
-    settings = config.preset(
-        "linear-start", data="phantom", num_images=60, image_size=16, latent=50, batch_size=8, basis_copies=0
-    )
-    with pytest.raises(InputError, match="latent: 50; expected at most"):
+    monkeypatch.setattr(baselines, "MAX_IMAGES", most)
+    settings = config.preset("linear-start", data="phantom", num_images=60, image_size=16, batch_size=8, **changes)
+    with pytest.raises(InputError, match=words) as problem:
         medvdm.fit(settings, tmp_path / "run")
+    assert "\n" not in str(problem.value)
     assert not (tmp_path / "run").exists()
 
 

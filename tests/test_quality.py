@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import Trained, refused, said
+from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr
 from scipy.stats import wasserstein_distance
 from skimage.metrics import structural_similarity
@@ -105,6 +107,28 @@ def test_the_error_of_pair_similarity_covers_other_images(phantoms: np.ndarray) 
     spread = np.std([value for value, _ in parts], ddof=1)
     errors = np.mean([error for _, error in parts])
     assert 0.5 < errors / spread < 3  # a deviation from 8 values is known to about a quarter
+
+
+def visits(seed: int, patients: int = 10, times: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth random images of 16x16 pixels, nearly the same at each visit of a patient, and the patients' numbers."""
+    rng = np.random.default_rng(seed)
+    smooth = 0.5 + 0.9 * gaussian_filter(rng.standard_normal((patients, 16, 16)), (0, 2, 2))
+    x = smooth.repeat(times, axis=0) + 0.01 * rng.standard_normal((patients * times, 16, 16))
+    return np.clip(x, 0, 1)[..., None].astype(np.float32), np.arange(patients).repeat(times)
+
+
+def test_the_error_of_pair_similarity_is_by_patient() -> None:
+    """Against the spread over sets of other patients, each seen six times; those visits are no new evidence."""
+    parts = [quality.pair_similarity(*visits(seed), pairs=300, seed=seed) for seed in range(40)]
+    values, errors = np.array(parts).T
+    assert 0.7 < math.sqrt(np.mean(errors**2)) / values.std(ddof=1) < 1.5  # a deviation of 40 values is known to 11 %
+
+
+def test_the_error_of_pair_similarity_needs_three_patients() -> None:
+    images, patients = visits(0, patients=3, times=2)
+    value, error = quality.pair_similarity(images[:4], patients[:4])
+    assert 0 < value < 1 and math.isnan(error)
+    assert quality.pair_similarity(images, patients)[1] > 0
 
 
 # The power spectrum
@@ -230,6 +254,18 @@ def test_two_halves_of_one_set_cannot_be_told_apart(phantoms: np.ndarray) -> Non
     assert all(abs(f.value - 0.5) < 4 * f.stderr and 0.01 < f.stderr < 0.1 for f in found)
 
 
+def test_training_images_are_no_yardstick_for_others_have_not_been_seen_by_the_components() -> None:
+    """Three sets of one law, Gaussian with falling variances: only the one that the components were fitted on is told
+    from another, for its scores vary as much as their variances say, and the others' vary less."""
+    rng = np.random.default_rng(0)
+    train, held_out, fresh = rng.standard_normal((3, 100, 400)).astype(np.float32) * np.arange(1, 401) ** -0.6
+    space = baselines.principal_components(train, 64)
+    seen, one, other = (quality.pca_features(x, *space) for x in (train, held_out, fresh))
+    found = quality.two_sample(other, one)
+    assert abs(found.value - 0.5) < 4 * 1.5 * found.stderr  # folds share images, which the stated error leaves out
+    assert quality.two_sample(seen, one).value > 0.8
+
+
 def test_black_and_white_are_told_apart(rng: np.random.Generator) -> None:
     black, white = 0.1 * rng.random((2, 30, 8))
     found = quality.two_sample(black, white + 0.9)
@@ -282,6 +318,73 @@ def test_nearest_of_another_patient(phantoms: np.ndarray) -> None:
     assert (other > 0.01).all() and (names[where] != names[:8]).all()
     with pytest.raises(InputError, match="another patient"):
         quality.nearest(phantoms[:2], phantoms[:2], names[:2], names[:2])
+    texts = [str(name) for name in names]  # one set's names may be numbers and the other's text
+    for ours, theirs in ((names, texts), (texts, names), (texts, np.array(texts))):
+        np.testing.assert_array_equal(quality.nearest(phantoms[:8], phantoms, ours[:8], theirs)[1], where)
+
+
+# All of it
+
+
+def test_an_audit_is_its_parts_with_the_patients_of_each_set() -> None:
+    """Three sets of repeated visits that share some patients, against direct calls."""
+    (x, patients), (real, others) = visits(0, 8, 3), visits(1, 9, 2)
+    real, others = 0.5 + 0.8 * (real - 0.5), others + 100
+    train, known = np.concatenate([x[:12], visits(2, 5, 2)[0]]), np.concatenate([patients[:12], visits(2, 5, 2)[1] + 50])
+    space = quality.Space(*baselines.principal_components(train.reshape(len(train), -1), 12))
+    names = {"groups": patients, "real_groups": others, "train_groups": known}
+    found = quality.audit(x, real, train, space, **names, seed=3)
+    assert found["num_images"] == 24
+    assert (found["ms_ssim"], found["ms_ssim_stderr"]) == quality.pair_similarity(x, patients, seed=3)
+    power, real_power = (quality.power_spectrum(images).mean(axis=0) for images in (x, real))
+    for name, band in zip(("low", "middle", "high"), quality.bands(8), strict=True):
+        assert found[f"power_{name}"] == pytest.approx(power[band].mean() / real_power[band].mean())
+    assert found["power_low"] > 1.2  # the images have more contrast than the real ones
+    assert found["gray_distance"] == quality.gray_distance(x, real)
+    for name, features in {
+        "coarse": lambda images: quality.pca_features(images, *space, k=8),
+        "pca": lambda images: quality.pca_features(images, *space, k=12),
+        "spectrum": quality.spectrum_features,
+    }.items():
+        direct = quality.two_sample(features(x), features(real), patients, others, folds=4, seed=3)
+        assert (found[f"c2st_{name}"], found[f"c2st_{name}_stderr"]) == direct, name
+    stranger = patients[:, None] != known
+    pixels = np.sqrt(((x[:, None] - train).astype(np.float64) ** 2).mean(axis=(2, 3, 4)))
+    assert found["nearest_pixel"] == pytest.approx(np.median(np.where(stranger, pixels, np.inf).min(axis=1)), rel=1e-6)
+    assert found["nearest_pixel_least"] == pytest.approx(pixels[stranger].min(), rel=1e-6)
+    onto = space.components.T @ space.components  # projected back to pixels, whose root mean square is the distance
+    project = lambda images: images.reshape(len(images), -1) @ onto  # noqa: E731
+    linear = np.sqrt(((project(x)[:, None] - project(train)).astype(np.float64) ** 2).mean(axis=2))
+    assert found["nearest_pca"] == pytest.approx(np.median(np.where(stranger, linear, np.inf).min(axis=1)), rel=1e-3)
+    # The test could fail: each set's patients count.
+    alone = quality.audit(x, real, train, space, seed=3)
+    for name in ("ms_ssim", "ms_ssim_stderr", "c2st_pca", "c2st_coarse", "nearest_pixel", "nearest_pca"):
+        assert found[name] != pytest.approx(alone[name], rel=1e-3), name
+    assert alone["nearest_pixel_least"] == 0.0
+
+
+def other_splits(loaded: runs.Run, **splits: str) -> tuple[runs.Run, medvdm.data.ImageData]:
+    """The run's data with other splits of some training patients, and the run as if it had been trained on that."""
+    data = runs.load_data(loaded)
+    data = replace(data, splits=np.array([splits.get(p, s) for p, s in zip(data.patients, data.splits, strict=True)]))
+    record = {**loaded.record, "data": {**loaded.record["data"], "fingerprint": data.fingerprint()}}
+    return replace(loaded, record=record), data
+
+
+def test_the_yardstick_is_the_other_held_out_split_where_it_has_enough_patients(trained: Trained) -> None:
+    loaded = runs.load(trained.path)
+    data = runs.load_data(loaded)
+    spare = sorted(set(data.patients[data.indices("train")]))[:6]
+    assert len(set(data.patients[data.indices("val")])) == 3
+    for number, split, other in ((0, "test", "val"), (1, "test", "val"), (1, "val", "test")):
+        changed, given = other_splits(loaded, **dict.fromkeys(spare[:number], "val"))
+        sets = runs.audit_sets(changed, given, num=10, steps=2, split=split)
+        np.testing.assert_array_equal(sets["held_out"][1], given.patients[given.indices(split)])
+        assert ("real" in sets) == (number > 0)  # four patients are enough
+        if number:
+            images, patients = sets["real"]
+            np.testing.assert_array_equal(images, given.read(given.indices(other)))
+            np.testing.assert_array_equal(patients, given.patients[given.indices(other)])
 
 
 # The linear-Gaussian VDM's samples
@@ -346,11 +449,12 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert err == "" and out.count("\n") == 1
     assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("test", 3, 12)
-    assert set(result["samples"]) == set(result["decoded"]) == set(result["real"])
+    assert set(result["samples"]) == set(result["decoded"])
+    assert "real" not in result, "the validation split has three patients"
     text, _ = said(capfd, "audit", run, *options)
     for name in ("ms_ssim", "power_high", "c2st_coarse"):
-        assert f"{result['samples'][name]:.2f}" in text and f"{result['real'][name]:.2f}" in text
-    assert f"{result['real']['nearest_pca']:.4f}" in text
+        assert f"{result['samples'][name]:.2f}" in text and f"{result['decoded'][name]:.2f}" in text
+    assert f"{result['decoded']['nearest_pca']:.4f}" in text
     assert (run / "MODEL_CARD.md").read_text() == card, "the card lists evaluations of the bound"
     assert json.loads(next((run / "audits").glob("*.json")).read_text()) == result
     assert len(list((run / "audits").iterdir())) == 1
@@ -359,11 +463,16 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
 def test_an_audit_of_a_class_takes_its_real_images_from_that_class(trained: Trained) -> None:
     loaded = runs.load(trained.path)
     data = runs.load_data(loaded)
+    ill = data.patients[np.flatnonzero((data.labels[:, 1] == 1) & (data.splits == "train"))]
+    loaded, data = other_splits(loaded, **dict.fromkeys(ill, "val"))
     sets = runs.audit_sets(loaded, data, num=10, steps=2, label="Pneumonia", guidance=1.0)
     wanted = data.indices("test")[data.labels[data.indices("test"), 1] == 1]
     assert 0 < len(wanted) < len(data.indices("test"))
     np.testing.assert_array_equal(sets["held_out"][0], data.read(wanted))
     assert sets["decoded"][0].shape == sets["held_out"][0].shape and len(sets["samples"][0]) == 10
+    others = data.indices("val")[data.labels[data.indices("val"), 1] == 1]
+    assert len(others) < len(data.indices("val"))
+    np.testing.assert_array_equal(sets["real"][0], data.read(others))
     assert not set(sets["real"][1]) & set(sets["held_out"][1]), "the yardstick has other patients"
     drawn = medvdm.sample(loaded, 10, steps=2, label="Pneumonia", guidance=1.0)
     np.testing.assert_allclose(sets["samples"][0], drawn.images, atol=1e-6)
