@@ -3,10 +3,10 @@
     python book/experiments/ablation.py --data-dir DIR
 
 NIH images at 64 x 64. Two starting points, small networks of the paper's kind and the linear-start model, and changes
-of one setting each. Every row may train for as long as the first one takes for STEPS steps: before its turn, its step
-and the first row's are timed alternately, and what the measuring of components takes is taken off. Everything is judged
-on validation patients, five times during training and at the end. The test patients are looked at once, for a few rows
-named in advance. Without --data-dir the images are phantoms.
+of one setting each. Every row may train for as much processor time as the first one takes for STEPS steps: before its
+turn, its step and the first row's are timed alternately, and what the measuring of components takes is taken off.
+Everything is judged on validation patients, five times during training and at the end. The test patients are looked at
+once, for a few rows named in advance. Without --data-dir the images are phantoms.
 
 In `validation`, `change` is the difference to the first row on the same images, mean over seeds, and `change_se` its
 standard error, with the variance between patients (clustered) and that between seeds added. `best_look` is the share of
@@ -35,7 +35,7 @@ from medvdm import augmentation, baselines, config, data, evaluation, fitting, t
 from medvdm.config import RunConfig  # noqa: E402
 from medvdm.devices import Layout  # noqa: E402
 
-STEPS, CHUNK, LOOKS, DRAWS, SEEDS = 1000, 20, 5, 8, (0, 1, 2)
+STEPS, CHUNK, LOOKS, DRAWS, SEEDS = 600, 20, 5, 4, (0, 1, 2)
 SIZES = (
     "latent embedding_dim encoder_width decoder_width inner_width encoder_layers decoder_layers score_layers".split()
 )
@@ -132,22 +132,25 @@ def _trainer(asked: RunConfig) -> Any:
     return chunk
 
 
-def seconds_of(asked: RunConfig, state: Any, images: jax.Array, repeats: int = 3) -> list[float]:
-    """Seconds of one step, a few times; the first chunk, which compiles, is not counted."""
+def compare(pairs: list[tuple[RunConfig, Any]], images: jax.Array, repeats: int = 5) -> list[float]:
+    """Median processor seconds of a step of each config, their chunks taking turns; the first, which compiles, is left
+    out. Processor time, unlike the wall's, does not count what else the machine does."""
     keys, times = jax.random.split(jax.random.key(9), CHUNK), []
     for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(trainer(asked)(state, images, keys))
-        times.append((time.perf_counter() - begin) / CHUNK)
-    return times[1:]
+        times.append([])
+        for asked, state in pairs:
+            begin = time.process_time()
+            jax.block_until_ready(trainer(asked)(state, images, keys))
+            times[-1].append((time.process_time() - begin) / CHUNK)
+    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
 
 
 def start(name: str, asked: RunConfig, images: data.ImageData, fitted: baselines.Baselines) -> tuple[Any, float]:
     """The state at step 0 (parameters, optimiser, average), and the seconds that measuring components took."""
     state = fitting.first_state(asked, images, Layout(1))
-    begin = time.perf_counter()  # what was compiled above is there now
+    begin = time.process_time()  # what was compiled above is there now
     params = jax.block_until_ready(fitting.first_state(asked, images, Layout(1)).params)
-    prepared = time.perf_counter() - begin if name in LINEAR else 0.0
+    prepared = time.process_time() - begin if name in LINEAR else 0.0
     if name.startswith(COPIED):
         params = copied(params, asked, fitted)
     return (params, state.opt_state, params if asked.training.ema_decay else None), prepared
@@ -198,8 +201,7 @@ def main() -> None:
     for name in [*RESIDUAL, *LINEAR]:
         asked = filled(name, 0)
         state, prepared = start(name, asked, images, fitted)
-        pairs = [(seconds_of(base, base_state, on_device), seconds_of(asked, state, on_device)) for _ in range(2)]
-        of_base, of_row = (statistics.median(sum(times, [])) for times in zip(*pairs, strict=True))
+        of_base, of_row = compare([(base, base_state), (asked, state)], on_device)
         steps = max(CHUNK, CHUNK * round((STEPS * of_base - prepared) / of_row / CHUNK))
         steps = STEPS if name == FIRST else CHUNK if asked.training.learning_rate == 0 else steps
         bounds, results, looks = [], [], []
