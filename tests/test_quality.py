@@ -328,15 +328,15 @@ def test_nearest_of_another_patient(phantoms: np.ndarray) -> None:
 
 def test_an_audit_is_its_parts_with_the_patients_of_each_set() -> None:
     """Three sets of repeated visits that share some patients, against direct calls."""
-    (x, patients), (real, others), (more, new) = visits(0, 12, 3), visits(1, 13, 2), visits(2, 5, 2)
+    (x, patients), (real, others), (more, new) = visits(0, 9, 3), visits(1, 13, 2), visits(2, 5, 2)
     real, others = 0.5 + 0.8 * (real - 0.5), others + 100
     train, known = np.concatenate([x[:18], more]), np.concatenate([patients[:18], new + 50])
     components = np.linalg.qr(np.random.default_rng(3).standard_normal((256, 70)))[0].T  # any directions, over 64
     space = quality.Space(train.mean(axis=0).ravel(), components.astype(np.float32), np.linspace(2, 0.1, 70))
     names = {"groups": patients, "real_groups": others, "train_groups": known}
-    found = quality.audit(x, real, train, space, **names, seed=3)
-    assert found["num_images"] == 36
-    assert (found["ms_ssim"], found["ms_ssim_stderr"]) == quality.pair_similarity(x, patients, seed=3)
+    found = quality.audit(x, real, train, space, **names, seed=4)
+    assert found["num_images"] == 27
+    assert (found["ms_ssim"], found["ms_ssim_stderr"]) == quality.pair_similarity(x, patients, seed=4)
     power, real_power = (quality.power_spectrum(images).mean(axis=0) for images in (x, real))
     for name, band in zip(("low", "middle", "high"), quality.bands(8), strict=True):
         assert found[f"power_{name}"] == pytest.approx(power[band].mean() / real_power[band].mean())
@@ -347,7 +347,7 @@ def test_an_audit_is_its_parts_with_the_patients_of_each_set() -> None:
         "pca": lambda images: quality.pca_features(images, *space, k=64),
         "spectrum": quality.spectrum_features,
     }.items():
-        direct = quality.two_sample(features(x), features(real), patients, others, folds=5, seed=3)
+        direct = quality.two_sample(features(x), features(real), patients, others, folds=4, seed=4)
         assert (found[f"c2st_{name}"], found[f"c2st_{name}_stderr"]) == direct, name
     stranger = patients[:, None] != known
     pixels = np.sqrt(((x[:, None] - train).astype(np.float64) ** 2).mean(axis=(2, 3, 4)))
@@ -358,7 +358,7 @@ def test_an_audit_is_its_parts_with_the_patients_of_each_set() -> None:
     linear = np.sqrt(((project(x)[:, None] - project(train)).astype(np.float64) ** 2).mean(axis=2))
     assert found["nearest_pca"] == pytest.approx(np.median(np.where(stranger, linear, np.inf).min(axis=1)), rel=1e-3)
     # The test could fail: each set's patients count.
-    alone = quality.audit(x, real, train, space, seed=3)
+    alone = quality.audit(x, real, train, space, seed=4)
     for name in ("ms_ssim", "ms_ssim_stderr", "c2st_coarse", "c2st_pca", "nearest_pixel", "nearest_pca"):
         assert found[name] != pytest.approx(alone[name], rel=1e-3), name
     assert alone["nearest_pixel_least"] == 0.0

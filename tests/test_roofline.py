@@ -152,7 +152,8 @@ def test_work_of_samples() -> None:
 def test_work_of_one_sample_by_hand() -> None:
     """Every layer of a model small enough to be written out, the conditions of each step included."""
     model = vdm.VDMConfig(
-        image_shape=(2, 3, 1), latent=2, embedding_dim=4, decoder_width=5, inner_width=7, decoder_layers=1, score_layers=2
+        image_shape=(2, 3, 1), latent=2, embedding_dim=4, decoder_width=5, inner_width=7, decoder_layers=1,
+        score_layers=2,
     )  # fmt: skip
     mix, films = 8 * 16 + 16 * 16 + 16 * 4, 2 * (4 * 14)
     score = 2 * 4 + 2 * (4 * 7 + 7 * 4) + 4 * 2
