@@ -199,7 +199,9 @@ def test_the_command_refuses_a_bad_option(capfd: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_roofline(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_roofline(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"side": 256, "numbers": 2**20}.items():  # quick ceilings
+        monkeypatch.setitem(roofline.ceilings.__kwdefaults__, name, value)
     options = ["--preset", "demo", "--image-size", "16", "--batch-size", "4", "--repeats", "3", "--roofline"]
     with jax.numpy_rank_promotion("allow"):  # the plain step is as plain as people write it
         out, err = said(capfd, "benchmark", *options)

@@ -12,7 +12,8 @@ from medvdm import schedules
 from medvdm.errors import InputError
 
 quick = settings(max_examples=15, deadline=None)
-ends = st.tuples(st.floats(-15.0, 5.0, width=32), st.floats(0.5, 20.0, width=32)).map(lambda e: (e[0], e[0] + e[1]))
+low_ends = st.floats(-15.0, 5.0, width=32, allow_subnormal=False)  # XLA takes subnormal numbers for 0
+ends = st.tuples(low_ends, st.floats(0.5, 20.0, width=32)).map(lambda e: (e[0], e[0] + e[1]))
 GRID = jnp.linspace(0.0, 1.0, 257)
 slopes = schedules.with_slope
 
