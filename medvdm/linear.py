@@ -181,7 +181,7 @@ def principal_components(
         augmentations: shift, size, exposure; see :func:`medvdm.augmentation.augment`.
 
     Raises:
-        InputError: k is not below the number of images with their copies, or above the number of pixels.
+        InputError: k is not below the number of images with their augmented copies, or above the number of pixels.
     """
     n, pixels = len(x), int(np.prod(x.shape[1:]))
     total = n * (1 + copies)
