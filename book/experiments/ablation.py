@@ -65,6 +65,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "linear start": {},
     "linear start, not trained": {"learning_rate": 0.0},
 }
+KEPT = ("excess_bpd", "over_lingauss_bpd", "over_lingauss_bpd_stderr", "rate_bits_per_image", "psnr_db", "ssim")
 FINAL = (FIRST, "augmentation", "linear start")
 
 
@@ -83,12 +84,10 @@ def copied(params: vdm.Params, asked: RunConfig, fitted: baselines.Baselines) ->
     The blocks start as the identity, so the encoding is the scores on the components, in a unit in which the noise at
     t = 0 is that of the preset `linear-start`; the logits are the mean image's and a linear change.
     """
-    k, unit = (
-        asked.model.latent,
-        math.exp(0.5 * (config.preset("linear-start").model.gamma_min - asked.model.gamma_min)),
-    )
+    k, gamma_0 = asked.model.latent, config.preset("linear-start").model.gamma_min
+    unit = math.exp(0.5 * (gamma_0 - asked.model.gamma_min))
     mean, components, variances = fitted.mean, fitted.components[:k], fitted.variances[:k]
-    shrink = variances / (variances + math.exp(config.preset("linear-start").model.gamma_min))
+    shrink = variances / (variances + math.exp(gamma_0))
     gray = np.clip(mean, 0.02, 0.98)
     encoder, decoder = (jax.tree.map(np.array, params[part]) for part in ("encoder", "decoder"))
     encoder["enter"]["kernel"][:, :k] = components.T / (2 * unit)  # the encoder sees 2 x - 1
@@ -147,10 +146,12 @@ def compare(pairs: list[tuple[RunConfig, Any]], images: jax.Array, repeats: int 
 
 def start(name: str, asked: RunConfig, images: data.ImageData, fitted: baselines.Baselines) -> tuple[Any, float]:
     """The state at step 0 (parameters, optimiser, average), and the seconds that measuring components took."""
-    state = fitting.first_state(asked, images, Layout(1))
-    begin = time.process_time()  # what was compiled above is there now
-    params = jax.block_until_ready(fitting.first_state(asked, images, Layout(1)).params)
-    prepared = time.process_time() - begin if name in LINEAR else 0.0
+    state, prepared = fitting.first_state(asked, images, Layout(1)), 0.0
+    if name in LINEAR:
+        begin = time.process_time()  # what was compiled above is there now
+        state = jax.block_until_ready(fitting.first_state(asked, images, Layout(1)))
+        prepared = time.process_time() - begin
+    params = state.params
     if name.startswith(COPIED):
         params = copied(params, asked, fitted)
     return (params, state.opt_state, params if asked.training.ema_decay else None), prepared
@@ -162,12 +163,11 @@ def train(
     """Train for the config's steps; the weights to be judged, and the bound on validation images at each look."""
     key, chunks, looks = jax.random.key(asked.training.seed), asked.training.steps // CHUNK, []
     at = {round(chunks * (i + 1) / LOOKS) for i in range(LOOKS)}
-    state, graph = first, vdm.graph_of(asked.model)
+    state, graph, rows = first, vdm.graph_of(asked.model), held_out.indices("val")
     for number in range(chunks):
         state = trainer(asked)(state, images, jax.random.split(jax.random.fold_in(key, number), CHUNK))
         if number + 1 in at:
             params = state[0] if state[2] is None else state[2]
-            rows = held_out.indices("val")
             looks.append(evaluation.quick(graph, params, held_out, rows, batch_size=32, labelled=False)["vlb_bpd"])
     return params, looks
 
@@ -217,10 +217,7 @@ def main() -> None:
                 if split == "val":
                     results.append(result)
                 else:
-                    kept = (
-                        "excess_bpd over_lingauss_bpd over_lingauss_bpd_stderr rate_bits_per_image psnr_db ssim".split()
-                    )
-                    final.append({"name": name, "seed": seed} | {k: result[k] for k in kept})
+                    final.append({"name": name, "seed": seed} | {k: result[k] for k in KEPT})
         of_row_images = np.mean(bounds, axis=0)
         of_first = of_row_images if name == FIRST else of_first
         excess = np.array([r["excess_bpd"] for r in results])
