@@ -19,19 +19,20 @@ import importlib.metadata
 from typing import Any
 
 _HOMES = {
-    "RunConfig": "config",
-    "preset": "config",
-    "VDMConfig": "vdm",
-    "VDM": "vdm",
-    "TrainConfig": "training",
+    "RunConfig": "runs.config",
+    "preset": "runs.presets",
+    "VDMConfig": "models.vdm",
+    "VDM": "models.vdm",
+    "TrainConfig": "training.step",
     "DataConfig": "data",
     "ImageData": "data",
     "from_arrays": "data",
-    "fit": "fitting",
-    "Run": "runs",
-    "load": "runs",
-    "evaluate": "runs",
-    "sample": "runs",
+    "fit": "runs.fit",
+    "Run": "runs.run",
+    "load": "runs.run",
+    "evaluate": "runs.evaluate",
+    "sample": "runs.sample",
+    "audit": "runs.audit",
     "MedvdmError": "errors",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from medvdm.cli import main
+from medvdm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,8 +27,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from medvdm import gaussian, marks
 from medvdm.errors import InputError
+from medvdm.images import as_images, default_columns, tile
+from medvdm.theory import gaussian
 
 #: Okabe and Ito's colours that are dark enough on white, in the order in which they are used.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -105,20 +106,20 @@ def image_grid(
         images: (n, h, w) or (n, h, w, c) with c 1 or 3; uint8, or float in [0, 1].
         synthetic: whether a model has drawn the images. If so, the figure says 'synthetic'; there is no default, so
             that nobody forgets.
-        columns: images a row; about a square by default.
+        columns: images per row; about a square by default.
         titles: n texts, one above each image.
         title: a line above all.
 
     Raises:
         InputError, InputTypeError: images that cannot be shown, columns below 1, or not n titles.
     """
-    images = marks.as_images(images, picture=True)
+    images = as_images(images, picture=True)
     n = len(images)
     if columns is not None and columns < 1:
         raise InputError(f"columns: {columns}; expected at least 1")
     if titles is not None and len(titles) != n:
-        raise InputError(f"titles: {len(titles)}; expected {n}, one an image")
-    return _sheet(images, min(columns or marks.default_columns(n), n), synthetic, above=titles, title=title)
+        raise InputError(f"titles: {len(titles)}; expected {n}, one per image")
+    return _sheet(images, min(columns or default_columns(n), n), synthetic, above=titles, title=title)
 
 
 def strip(
@@ -130,10 +131,10 @@ def strip(
     row_titles: Sequence[str] | None = None,
     title: str | None = None,
 ) -> _Figure:
-    """States of the forward or the reverse process from left to right, one row an image.
+    """States of the forward or the reverse process from left to right, one row per image.
 
     Args:
-        states: (k, n, h, w) or (k, n, h, w, c) with c 1 or 3, as :attr:`medvdm.sampling.Samples.states`.
+        states: (k, n, h, w) or (k, n, h, w, c) with c 1 or 3, as :attr:`medvdm.models.generate.Samples.states`.
         times: (k,) the time t of each state, from 0 to 1; they stand above the columns.
         synthetic: whether a model has drawn the images, see :func:`image_grid`.
         gammas: (k,) gamma = -log SNR of each state in nats, for a second line above the columns.
@@ -150,7 +151,7 @@ def strip(
     if times.shape != (k,):
         raise InputError(f"times: shape {times.shape}; expected {(k,)}, one a state")
     if row_titles is not None and len(row_titles) != n:
-        raise InputError(f"row_titles: {len(row_titles)}; expected {n}, one a row")
+        raise InputError(f"row_titles: {len(row_titles)}; expected {n}, one per row")
     lines = {"t": _decimals(times)}
     if gammas is not None:
         gammas = np.asarray(gammas, np.float64)
@@ -163,7 +164,7 @@ def strip(
         for column in zip(*lines.values(), strict=True)
     ]
     return _sheet(
-        marks.as_images(np.swapaxes(states, 0, 1).reshape(n * k, *states.shape[2:]), "states", picture=True),
+        as_images(np.swapaxes(states, 0, 1).reshape(n * k, *states.shape[2:]), "states", picture=True),
         k,
         synthetic,
         above=above,
@@ -192,7 +193,7 @@ def forward_strip(
 
     Args:
         x: (n, h, w) or (n, h, w, c) with c 1 or 3; uint8, or float in [0, 1].
-        schedule: gamma(t) in nats, such as :class:`medvdm.schedules.FixedLinear`.
+        schedule: gamma(t) in nats, such as :class:`medvdm.theory.schedules.FixedLinear`.
         times: (k,) from 0 to 1.
         seed: of the noise.
         synthetic: whether a model has drawn x.
@@ -201,7 +202,7 @@ def forward_strip(
     Raises:
         InputError, InputTypeError: images that cannot be shown, times outside [0, 1], or no time.
     """
-    x = marks.as_images(x, "x", picture=True)
+    x = as_images(x, "x", picture=True)
     times = np.asarray(times, np.float32)
     if times.ndim != 1 or not times.size or not (times.min() >= 0.0 and times.max() <= 1.0):
         raise InputError(f"times: {np.array2string(times, threshold=8)}; expected one or more from 0 to 1")
@@ -282,10 +283,10 @@ def _sheet(
 
         if between:  # a picture a row, with room for the titles
             for row in range(rows):
-                part = marks.tile(images[row * columns : (row + 1) * columns], columns, gap)
+                part = tile(images[row * columns : (row + 1) * columns], columns, gap)
                 put(part, top + row * step_y + between, inner_w, h * scale)
         else:
-            put(marks.tile(images, columns, gap), top, inner_w, inner_h)
+            put(tile(images, columns, gap), top, inner_w, inner_h)
         for i, text in enumerate(texts or ()):
             x = side + (i % columns) * step_x + cell / 2
             down = top - 4 if over_columns else top + (i // columns) * step_y + between - 4
@@ -377,11 +378,11 @@ def loss_curves(
     covers more than a factor of ten. Steps are drawn faintly, their moving average on top.
 
     Args:
-        records: one a step, as in ``metrics.jsonl``: ``step``, ``reconstruction_bpd``, ``diffusion_bpd``,
+        records: one per step, as in ``metrics.jsonl``: ``step``, ``reconstruction_bpd``, ``diffusion_bpd``,
             ``latent_bpd``, ``vlb_bpd``. A record without a term, or with one that is not finite, is left out of the
             term's panel; if a step comes twice (a resumed run), the last one counts.
         floor_bpd: the least possible reconstruction term, for a reference line; see
-            :func:`medvdm.likelihoods.bernoulli_floor`.
+            :func:`medvdm.models.likelihoods.bernoulli_floor`.
         window: steps in the moving average, centred; about 1/40 of the records by default, 1 is none.
         title: a line above all.
 

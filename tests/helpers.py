@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 
-from medvdm.cli import main
+from medvdm.cli.main import main
 
 STEPS = 12
 KEEP = {"checkpoint_every": STEPS, "evaluate_every": STEPS, "keep_checkpoints": 1}

@@ -1,4 +1,4 @@
-r"""Problems whose answer is known: data laws with an exact denoiser, usable wherever a :class:`vlb.Diffusion` is.
+r"""Problems whose answer is known: data laws with an exact denoiser, usable wherever a :class:`bound.Diffusion` is.
 
 The encoder is the identity and p(x | z_0) is the exact posterior, so the only gap of the bound is the prior's:
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvdm import gaussian
+from medvdm.theory import gaussian
 
 
 class Identity:
@@ -37,7 +37,7 @@ class Identity:
         return z
 
     def embed(self, labels, keep=None, *, n=1):
-        """One number an example, the class mean; 0 for none."""
+        """One number per example, the class mean; 0 for none."""
         if labels is None:
             return jnp.zeros((n, 1))
         return labels if keep is None else labels * keep[:, None]

@@ -13,9 +13,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from medvdm import gaussian, plotting
+from medvdm import plotting
 from medvdm.errors import InputError, InputTypeError
-from medvdm.schedules import FixedLinear
+from medvdm.theory import gaussian
+from medvdm.theory.schedules import FixedLinear
 
 
 @pytest.fixture
@@ -399,7 +400,7 @@ def test_a_notebook_can_display_the_figure(images) -> None:
 
 def test_pyplot_is_not_used_and_only_plotting_needs_matplotlib() -> None:
     code = (
-        "import sys, medvdm, medvdm.marks, medvdm.vdm, medvdm.data\n"
+        "import sys, medvdm, medvdm.runs.provenance, medvdm.models.vdm, medvdm.data\n"
         "assert not any(m.split('.')[0] in ('matplotlib', 'PIL') for m in sys.modules)\n"
         "import numpy as np, medvdm.plotting\n"
         "medvdm.plotting.image_grid(np.zeros((1, 4, 4)), synthetic=True)._repr_png_()\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import medvdm
-from medvdm.config import RunConfig
+from medvdm.runs.config import RunConfig
 
 SETTINGS: dict[str, Any] = {
     "num_images": 60,

@@ -22,12 +22,19 @@ from typing import Any
 
 import jax
 import jsonschema
-from medvdm import cli, fitting, options, pipeline, runs, training
-from medvdm import config as config_
 from medvdm import data as data_
-from medvdm.config import RunConfig
+from medvdm.cli import options
+from medvdm.cli.main import parse
 from medvdm.data import ImageData
-from medvdm.devices import Layout
+from medvdm.runs import config as config_
+from medvdm.runs import presets, store
+from medvdm.runs.config import RunConfig
+from medvdm.runs.fit import fill_in, first_state
+from medvdm.runs.record import environment, version
+from medvdm.runs.store import EVALUATIONS, METRICS, holds_run, read_json, read_lines, read_record, write_text
+from medvdm.training import batches as batches_
+from medvdm.training.devices import Layout
+from medvdm.training.step import TrainState, jit_step
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
@@ -44,7 +51,7 @@ PHANTOM = {"data": "phantom", "data_dir": None, "image_size": 32, "num_images": 
 
 def train_command(config: RunConfig) -> str:
     """The line that repeats a run: its preset and each setting that differs from it."""
-    preset = config_.flat(config_.preset(config.preset))
+    preset = config_.flat(presets.preset(config.preset))
     words = ["medvdm", "train", "--preset", config.preset]
     for name, value in config_.flat(config).items():
         if name in ("preset", "data_dir", "image_shape", "classes", *config_.FREE_ON_RESUME) or value == preset[name]:
@@ -61,15 +68,15 @@ def parse_train(command: str) -> RunConfig:
     """The settings that a line of :func:`train_command` gives; raises InputError where it no longer parses."""
     words = shlex.split(command)
     assert words[:3] == ["medvdm", "train", "--preset"], command
-    defaults = options.train_defaults(config_.preset(words[3]))
-    return options.run_config(cli.parse(options.Train, words[2:], "train", defaults))
+    defaults = options.train_defaults(presets.preset(words[3]))
+    return options.run_config(parse(options.Train, words[2:], "train", defaults))
 
 
 def experiment_command() -> str:
     """The running script as one line: the data folder is DIR, and a run's folder its name."""
     words, folder = ["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()], False
     for word in sys.argv[1:]:
-        words.append("DIR" if folder else Path(word).name if runs.holds_run(Path(word)) else word)
+        words.append("DIR" if folder else Path(word).name if holds_run(Path(word)) else word)
         folder = word == "--data-dir"
     return shlex.join(words)
 
@@ -79,9 +86,9 @@ def experiment_command() -> str:
 
 def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
     """The record of a finished run: binned losses and all evaluations."""
-    start, config = runs.read_record(run)
-    steps = runs.read_lines(run / runs.METRICS)
-    evaluations = [runs.read_json(path) for path in sorted((run / runs.RESULTS).glob("*.json"))]
+    start, config = read_record(run)
+    steps = read_lines(run / METRICS)
+    evaluations = [read_json(path) for path in sorted((run / store.RESULTS).glob("*.json"))]
     return {
         **_head("run", name, config),
         "command": train_command(config),
@@ -91,7 +98,7 @@ def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
         "seconds": round(sum(1 / line["steps_per_second"] for line in steps)),
         "data": start["data"],
         "metrics": _binned(steps),
-        "validation": runs.read_lines(run / runs.EVALUATIONS),
+        "validation": read_lines(run / EVALUATIONS),
         "evaluations": sorted(({**e, "run": name} for e in evaluations), key=lambda e: (e["split"], e["step"])),
     }
 
@@ -109,9 +116,9 @@ def experiment(name: str, *, config: RunConfig, seconds: float, results: dict[st
         {
             **_head("experiment", name, config),
             "command": experiment_command(),
-            "version": runs.version(),
+            "version": version(),
             "commit": commit_here(),
-            "environment": runs.environment(),
+            "environment": environment(),
             "seconds": round(seconds),
             "results": _rounded(results),
         }
@@ -134,7 +141,7 @@ def write(entry: dict[str, Any]) -> Path:
     """Check a record against the schema and write it."""
     jsonschema.validate(entry, SCHEMA)
     path = RESULTS / f"{entry['name']}.json"
-    runs.write_text(path, json.dumps(entry, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(entry, indent=1, allow_nan=False) + "\n")
     print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size:,} bytes", file=sys.stderr)
     return path
 
@@ -149,17 +156,15 @@ def refreshed(entry: dict[str, Any]) -> dict[str, Any]:
     return renewed
 
 
-def train(
-    config: RunConfig, images: ImageData, steps: int | None = None
-) -> tuple[RunConfig, training.TrainState, list[float]]:
+def train(config: RunConfig, images: ImageData, steps: int | None = None) -> tuple[RunConfig, TrainState, list[float]]:
     """Train without a folder: the settings filled in, the last state, and the bound at each step (bits per dimension).
 
     ``steps`` stops early; the learning rate is that of the whole run.
     """
-    config = fitting.fill_in(config, images)
-    state = fitting.first_state(config, images, Layout(1))
-    step = training.jit_step(config.model, config.training)
-    batches = pipeline.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
+    config = fill_in(config, images)
+    state = first_state(config, images, Layout(1))
+    step = jit_step(config.model, config.training)
+    batches = batches_.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
     losses = []
     for _ in range(steps or config.training.steps):
         x, labels = next(batches)

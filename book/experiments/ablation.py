@@ -31,15 +31,25 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record  # noqa: E402
-from medvdm import augmentation, baselines, config, data, evaluation, fitting, training, vdm, vlb  # noqa: E402
-from medvdm.config import RunConfig  # noqa: E402
-from medvdm.devices import Layout  # noqa: E402
+from medvdm import data
+from medvdm.evaluation import baselines
+from medvdm.evaluation import held_out as held_out_
+from medvdm.evaluation.statistics import clustered_stderr
+from medvdm.models import vdm
+from medvdm.runs import config
+from medvdm.runs.config import RunConfig  # noqa: E402
+from medvdm.runs.fit import fill_in, first_state
+from medvdm.runs.presets import preset
+from medvdm.theory import bound  # noqa: E402
+from medvdm.training import augmentation
+from medvdm.training.devices import Layout  # noqa: E402
+from medvdm.training.step import augmentations, gradient, optimiser
 
 STEPS, CHUNK, LOOKS, DRAWS, SEEDS = 600, 20, 5, 4, (0, 1, 2)
 SIZES = (
     "latent embedding_dim encoder_width decoder_width inner_width encoder_layers decoder_layers score_layers".split()
 )
-SMALL = {name: config.flat(config.preset("demo"))[name] for name in SIZES}  # the paper's kind of networks, small
+SMALL = {name: config.flat(preset("demo"))[name] for name in SIZES}  # the paper's kind of networks, small
 AUGMENT = {"augment_shift": 0.03, "augment_size": 0.05}
 FIRST = "residual networks"
 COPIED = "components copied into the layers"
@@ -74,8 +84,8 @@ def settings(name: str, seed: int, folder: str | None) -> RunConfig:
     where = {"data": "nih", "data_dir": folder} if folder else {"num_images": 800}
     common = {"image_size": 64, "batch_size": 16, "steps": STEPS, "seed": seed, "warmup_steps": 50, **where}
     if name in LINEAR:
-        return config.preset("linear-start", **{**common, "latent": 96, **LINEAR[name]})
-    return config.preset("paper", **{**common, **SMALL, **RESIDUAL[name]})
+        return preset("linear-start", **{**common, "latent": 96, **LINEAR[name]})
+    return preset("paper", **{**common, **SMALL, **RESIDUAL[name]})
 
 
 def copied(params: vdm.Params, asked: RunConfig, fitted: baselines.Baselines) -> vdm.Params:
@@ -84,7 +94,7 @@ def copied(params: vdm.Params, asked: RunConfig, fitted: baselines.Baselines) ->
     The blocks start as the identity, so the encoding is the scores on the components, in a unit in which the noise at
     t = 0 is that of the preset `linear-start`; the logits are the mean image's and a linear change.
     """
-    k, gamma_0 = asked.model.latent, config.preset("linear-start").model.gamma_min
+    k, gamma_0 = asked.model.latent, preset("linear-start").model.gamma_min
     unit = math.exp(0.5 * (gamma_0 - asked.model.gamma_min))
     mean, components, variances = fitted.mean, fitted.components[:k], fitted.variances[:k]
     shrink = variances / (variances + math.exp(gamma_0))
@@ -109,15 +119,15 @@ def trainer(asked: RunConfig) -> Any:
 def _trainer(asked: RunConfig) -> Any:
     model, train = asked.model, asked.training
     graph = vdm.graph_of(model)
-    optimise = training.optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
+    optimise = optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
 
     def step(carry: Any, key: jax.Array, images: jax.Array) -> Any:
         params, opt_state, ema = carry
         key_rows, key_augment, key_bound = jax.random.split(key, 3)
         rows = jax.random.choice(key_rows, len(images), (train.batch_size,), replace=False)
-        x = augmentation.augment(key_augment, images[rows], **training.augmentations(train))
+        x = augmentation.augment(key_augment, images[rows], **augmentations(train))
         trained, measured = vdm.partition(params)
-        grads, _ = training.gradient(graph, train, params, x, None, key_bound)
+        grads, _ = gradient(graph, train, params, x, None, key_bound)
         updates, opt_state = optimise.update(grads, opt_state, trained)
         params = optax.apply_updates(trained, updates) | measured
         if ema is not None:
@@ -146,10 +156,10 @@ def compare(pairs: list[tuple[RunConfig, Any]], images: jax.Array, repeats: int 
 
 def start(name: str, asked: RunConfig, images: data.ImageData, fitted: baselines.Baselines) -> tuple[Any, float]:
     """The state at step 0 (parameters, optimiser, average), and the seconds that measuring components took."""
-    state, prepared = fitting.first_state(asked, images, Layout(1)), 0.0
+    state, prepared = first_state(asked, images, Layout(1)), 0.0
     if name in LINEAR:
         begin = time.process_time()  # what was compiled above is there now
-        state = jax.block_until_ready(fitting.first_state(asked, images, Layout(1)))
+        state = jax.block_until_ready(first_state(asked, images, Layout(1)))
         prepared = time.process_time() - begin
     params = state.params
     if name.startswith(COPIED):
@@ -168,14 +178,14 @@ def train(
         state = trainer(asked)(state, images, jax.random.split(jax.random.fold_in(key, number), CHUNK))
         if number + 1 in at:
             params = state[0] if state[2] is None else state[2]
-            looks.append(evaluation.quick(graph, params, held_out, rows, batch_size=32, labelled=False)["vlb_bpd"])
+            looks.append(held_out_.quick(graph, params, held_out, rows, batch_size=32, labelled=False)["vlb_bpd"])
     return params, looks
 
 
 def totals(asked: RunConfig, params: vdm.Params, x: np.ndarray) -> np.ndarray:
     """The bound of each image in bits per dimension, the mean of the same draws in every row."""
-    draws = evaluation.bound_terms(vdm.graph_of(asked.model), params, x, None, draws=DRAWS, key=jax.random.key(5))
-    return vlb.bits_per_dim(draws.astype(np.float64).sum(axis=1).mean(axis=0), asked.model.image_shape)
+    draws = held_out_.bound_terms(vdm.graph_of(asked.model), params, x, None, draws=DRAWS, key=jax.random.key(5))
+    return bound.bits_per_dim(draws.astype(np.float64).sum(axis=1).mean(axis=0), asked.model.image_shape)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,7 +203,7 @@ def main() -> None:
     on_device = jnp.asarray(x_train)
 
     def filled(name: str, seed: int, **changes: Any) -> RunConfig:
-        return fitting.fill_in(config.change(settings(name, seed, folder), **changes), images)
+        return fill_in(config.change(settings(name, seed, folder), **changes), images)
 
     base = filled(FIRST, 0)
     base_state, _ = start(FIRST, base, images, fitted)
@@ -211,7 +221,7 @@ def main() -> None:
             bounds.append(totals(asked, params, x_val))
             looks.append(seen)
             for split in ("val", "test") if name in FINAL else ("val",):
-                result = evaluation.evaluate_weights(
+                result = held_out_.evaluate_weights(
                     vdm.graph_of(asked.model), params, images, split, baselines=fitted, draws=DRAWS
                 )
                 if split == "val":
@@ -233,9 +243,7 @@ def main() -> None:
                 "excess": float(excess.mean()),
                 "excess_sd": float(excess.std(ddof=1)),
                 "change": float(change.mean()),
-                "change_se": 0.0
-                if name == FIRST
-                else math.sqrt(evaluation.clustered_stderr(change, patients) ** 2 + between),
+                "change_se": 0.0 if name == FIRST else math.sqrt(clustered_stderr(change, patients) ** 2 + between),
                 "best_look": float(np.mean([(1 + int(np.argmin(seen))) / LOOKS for seen in looks])),
                 "over_lingauss": average["over_lingauss_bpd"],
                 "rate": average["rate_bits_per_image"],

@@ -28,7 +28,15 @@ from pathlib import Path
 import jax
 import medvdm
 import numpy as np
-from medvdm import baselines, evaluation, marks, quality, runs
+from medvdm.evaluation import held_out, statistics
+from medvdm.evaluation.audit import pca_features, spectrum_features
+from medvdm.evaluation.components import exact_components
+from medvdm.evaluation.measures import pair_similarity
+from medvdm.evaluation.statistics import Estimate, clustered_stderr, logistic, two_sample
+from medvdm.runs import provenance as provenance_
+from medvdm.runs.run import Run, load, load_data
+from medvdm.runs.sample import sample
+from medvdm.runs.store import holds_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record
@@ -42,11 +50,11 @@ def say(*words: object) -> None:
     print(f"{time.strftime('%H:%M:%S')}", *words, file=sys.stderr, flush=True)
 
 
-def trained(folder: Path, **settings: object) -> runs.Run:
+def trained(folder: Path, **settings: object) -> Run:
     """The run in a folder, trained first if it is not there."""
     config = medvdm.preset("demo", steps=STEPS, image_size=64, **settings)
-    if runs.holds_run(folder):
-        run = runs.load(folder)
+    if holds_run(folder):
+        run = load(folder)
         assert run.step == STEPS, f"{folder} is not finished"
         assert record.train_command(run.config) == record.train_command(config), f"{folder} holds another run"
         return run
@@ -56,13 +64,13 @@ def trained(folder: Path, **settings: object) -> runs.Run:
 class Task:
     """A conditional model with the real images of its data as flat rows, labels (1 is pneumonia) and patients."""
 
-    def __init__(self, run: runs.Run):
-        self.run, self.data = run, runs.load_data(run)
+    def __init__(self, run: Run):
+        self.run, self.data = run, load_data(run)
         self.at = {split: self.data.indices(split) for split in ("train", "val", "test")}
         self.x = {split: self.data.read(i) for split, i in self.at.items()}
         self.y = {split: self.data.labels[i, 1] for split, i in self.at.items()}
         self.patients = {split: self.data.patients[i] for split, i in self.at.items()}
-        self.space = baselines.principal_components(flat(self.x["train"]), max(COMPONENTS))
+        self.space = exact_components(flat(self.x["train"]), max(COMPONENTS))
         self.k = max(
             COMPONENTS,
             key=lambda k: self.ask(self.classifier(self.x["train"], self.y["train"], k), "val", k),
@@ -71,22 +79,20 @@ class Task:
 
     def scores(self, x: np.ndarray, k: int | None = None) -> np.ndarray:
         """Scores on the first k principal components, without the squares."""
-        return quality.pca_features(x, *self.space, k or self.k)[:, : k or self.k]
+        return pca_features(x, *self.space, k or self.k)[:, : k or self.k]
 
     def classifier(self, x: np.ndarray, y: np.ndarray, k: int | None = None):
-        return quality.logistic(self.scores(x, k), y)
+        return logistic(self.scores(x, k), y)
 
-    def ask(self, classifier, split: str, k: int | None = None) -> quality.Estimate:
-        return quality.auc(
+    def ask(self, classifier, split: str, k: int | None = None) -> Estimate:
+        return statistics.auc(
             classifier(self.scores(self.x[split], k)),
             self.y[split],
             self.patients[split],
         )
 
     def decoded(self, split: str) -> np.ndarray:
-        return np.asarray(
-            evaluation.reconstruct(self.run.params, self.x[split], jax.random.key(0), graph=self.run.graph)
-        )
+        return np.asarray(held_out.reconstruct(self.run.params, self.x[split], jax.random.key(0), graph=self.run.graph))
 
 
 def flat(x: np.ndarray) -> np.ndarray:
@@ -121,7 +127,7 @@ def classifiers(task: Task) -> list[dict[str, object]]:
             "k": task.k,
             "chosen": True,
             "images": "test, decoded",
-            **told(quality.auc(fitted(task.scores(x)), y, patients)),
+            **told(statistics.auc(fitted(task.scores(x)), y, patients)),
         }
     )
     return rows
@@ -131,12 +137,12 @@ def brightness(task: Task) -> list[dict[str, object]]:
     """How far one number goes: the mean gray value, the darker the sicker."""
     return [
         {"data": task.data.name, "images": split}
-        | told(quality.auc(-task.x[split].mean(axis=(1, 2, 3)), task.y[split], task.patients[split]))
+        | told(statistics.auc(-task.x[split].mean(axis=(1, 2, 3)), task.y[split], task.patients[split]))
         for split in ("train", "test")
     ]
 
 
-def told(estimate: quality.Estimate) -> dict[str, float]:
+def told(estimate: Estimate) -> dict[str, float]:
     return {"auc": estimate.value, "stderr": estimate.stderr}
 
 
@@ -151,7 +157,7 @@ def conditional(
     samples, transfer, shown = [], [], []
     for c, name in enumerate(names):
         own = task.y["test"] == c
-        likeness = quality.pair_similarity(task.x["test"][own], task.patients["test"][own])
+        likeness = pair_similarity(task.x["test"][own], task.patients["test"][own])
         samples.append(
             {"data": task.data.name, "images": "test", "label": name, "guidance": None}
             | {
@@ -181,11 +187,11 @@ def conditional(
         | told(task.ask(task.classifier(task.x["train"][few], task.y["train"][few]), "test"))
     )
     for w in WEIGHTS:
-        drawn = [runs.sample(task.run, NUM, steps=T, label=n, guidance=w, seed=c).images for c, n in enumerate(names)]
+        drawn = [sample(task.run, NUM, steps=T, label=n, guidance=w, seed=c).images for c, n in enumerate(names)]
         both, y = np.concatenate(drawn), np.repeat([0, 1], NUM)
-        auc = quality.auc(fitted(task.scores(both)), y)
+        auc = statistics.auc(fitted(task.scores(both)), y)
         for name, x in zip(names, drawn, strict=True):
-            likeness = quality.pair_similarity(x)
+            likeness = pair_similarity(x)
             samples.append(
                 {
                     "data": task.data.name,
@@ -206,17 +212,17 @@ def conditional(
             }
             | told(task.ask(own, "test"))
         )
-        shown += [runs.sample(task.run, 8, steps=T, label=n, guidance=w, seed=0).images for n in names]
+        shown += [sample(task.run, 8, steps=T, label=n, guidance=w, seed=0).images for n in names]
         say(task.data.name, "weight", w, told(auc), transfer[-1])
     return samples, transfer, np.concatenate(shown)
 
 
-def null_checks(task: Task, free: runs.Run) -> list[dict[str, object]]:
+def null_checks(task: Task, free: Run) -> list[dict[str, object]]:
     """The model at weight 0, and its null against an unconditional model with the same settings."""
     run, x, patients = task.run, task.x["test"], task.patients["test"]
     dims, key = x[0].size * np.log(2), jax.random.key(0)
-    plain = runs.sample(run, 32, steps=T, label="Pneumonia", seed=5).images
-    nearly = runs.sample(run, 32, steps=T, label="Pneumonia", guidance=1e-12, seed=5).images
+    plain = sample(run, 32, steps=T, label="Pneumonia", seed=5).images
+    nearly = sample(run, 32, steps=T, label="Pneumonia", guidance=1e-12, seed=5).images
     rows = [
         {
             "what": "largest change of a gray value, guidance 1e-12 against 0",
@@ -227,9 +233,9 @@ def null_checks(task: Task, free: runs.Run) -> list[dict[str, object]]:
 
     labels = task.data.labels[task.at["test"]].astype(np.float32)
     bound = {
-        "labels": evaluation.bound_terms(run.graph, run.params, x, labels, draws=8, key=key),
-        "null": evaluation.bound_terms(run.graph, run.params, x, None, draws=8, key=key),
-        "unconditional": evaluation.bound_terms(free.graph, free.params, x, None, draws=8, key=key),
+        "labels": held_out.bound_terms(run.graph, run.params, x, labels, draws=8, key=key),
+        "null": held_out.bound_terms(run.graph, run.params, x, None, draws=8, key=key),
+        "unconditional": held_out.bound_terms(free.graph, free.params, x, None, draws=8, key=key),
     }
     bpd = {name: terms.astype(np.float64).sum(axis=1).mean(axis=0) / dims for name, terms in bound.items()}
     for name, values in bpd.items():
@@ -237,7 +243,7 @@ def null_checks(task: Task, free: runs.Run) -> list[dict[str, object]]:
             {
                 "what": f"bound, {name}",
                 "value": float(values.mean()),
-                "stderr": evaluation.clustered_stderr(values, patients),
+                "stderr": clustered_stderr(values, patients),
             }
         )
     for a, b in (("null", "unconditional"), ("null", "labels")):
@@ -246,20 +252,20 @@ def null_checks(task: Task, free: runs.Run) -> list[dict[str, object]]:
             {
                 "what": f"bound, {a} minus {b}",
                 "value": float(gap.mean()),
-                "stderr": evaluation.clustered_stderr(gap, patients),
+                "stderr": clustered_stderr(gap, patients),
             }
         )
     drawn = {
-        "null": runs.sample(run, NUM, steps=T, seed=11).images,
-        "unconditional": runs.sample(free, NUM, steps=T, seed=12).images,
-        "unconditional, again": runs.sample(free, NUM, steps=T, seed=13).images,
+        "null": sample(run, NUM, steps=T, seed=11).images,
+        "unconditional": sample(free, NUM, steps=T, seed=12).images,
+        "unconditional, again": sample(free, NUM, steps=T, seed=13).images,
     }
     for name in ("null", "unconditional, again"):
         for space, features in (
-            ("8 PCA scores", lambda v: quality.pca_features(v, *task.space, 8)),
-            ("spectrum", quality.spectrum_features),
+            ("8 PCA scores", lambda v: pca_features(v, *task.space, 8)),
+            ("spectrum", spectrum_features),
         ):
-            found = quality.two_sample(features(drawn[name]), features(drawn["unconditional"]))
+            found = two_sample(features(drawn[name]), features(drawn["unconditional"]))
             rows.append(
                 {
                     "what": f"classifier's AUC ({space}), samples: {name} against unconditional",
@@ -309,7 +315,7 @@ def main() -> None:
             )
             labels = np.tile(np.repeat([0, 1], 8), len(WEIGHTS))
             path = record.RESULTS / "conditional-nih.png"
-            marks.write_samples(
+            provenance_.write_samples(
                 path,
                 images=shown,
                 labels=labels,

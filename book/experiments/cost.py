@@ -70,7 +70,7 @@ def rows(tiny: bool) -> list[tuple[str, dict[str, int]]]:
 def settings(row: dict[str, Any]) -> Any:
     """The paper's preset with the size, latent and batch of a row."""
     import medvdm
-    from medvdm import config as config_
+    from medvdm.runs import config as config_
 
     small = TINY if row["tiny"] else {}
     size = row["image_size"]
@@ -131,15 +131,16 @@ def step(row: dict[str, Any]) -> dict[str, Any]:
     """A training step."""
     import jax
     import numpy as np
-    from medvdm import roofline, training
+    from medvdm.cost import roofline
+    from medvdm.training.step import init_state, jit_step
 
     config = settings(row)
     model, recipe = config.model, config.training
     jax.block_until_ready(jax.numpy.zeros(()))
     empty = peak_gib()
-    shapes = jax.eval_shape(lambda: training.init_state(model, recipe))
+    shapes = jax.eval_shape(lambda: init_state(model, recipe))
     images = np.random.default_rng(0).random((recipe.batch_size, *model.image_shape), np.float32)
-    compiled = training.jit_step(model, recipe).lower(shapes, images, None).compile()
+    compiled = jit_step(model, recipe).lower(shapes, images, None).compile()
     state = filled(shapes)
     images = jax.device_put(images)
 
@@ -165,18 +166,20 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
     """The gradient and the optimiser of a step, each compiled alone."""
     import jax
     import optax
-    from medvdm import training, vdm
+    from medvdm.models import vdm
+    from medvdm.training import step as step_
+    from medvdm.training.step import init_state, loss_fn
 
     config = settings(row)
     model, recipe = config.model, config.training
-    graph, optimiser = vdm.graph_of(model), training.optimiser(recipe)
-    state = filled(jax.eval_shape(lambda: training.init_state(model, recipe)))
+    graph, optimiser = vdm.graph_of(model), step_.optimiser(recipe)
+    state = filled(jax.eval_shape(lambda: init_state(model, recipe)))
     images = jax.random.uniform(jax.random.key(0), (recipe.batch_size, *model.image_shape))
 
     @jax.jit
     def gradient(params: Any) -> Any:
         def loss(params: Any) -> Any:
-            return training.loss_fn(vdm.merge(graph, params), recipe, images, None, jax.random.key(1))[0]
+            return loss_fn(vdm.merge(graph, params), recipe, images, None, jax.random.key(1))[0]
 
         return jax.grad(loss)(params)
 
@@ -200,7 +203,8 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
 def sample(row: dict[str, Any]) -> dict[str, Any]:
     """Samples: one of 250 steps, and what one step adds."""
     import jax
-    from medvdm import sampling, vdm
+    from medvdm.models import vdm
+    from medvdm.models.generate import generate
 
     model = settings(row).model
     graph = vdm.graph_of(model)
@@ -208,7 +212,7 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
 
     def draw(steps: int) -> Any:
         size = row["batch"]
-        return lambda: sampling.generate(graph, params, num=size, steps=steps, batch_size=size).images
+        return lambda: generate(graph, params, num=size, steps=steps, batch_size=size).images
 
     long, short = timed(draw(250)), timed(draw(50))
     return {
@@ -222,7 +226,7 @@ def ceilings(row: dict[str, Any]) -> dict[str, Any]:
     """The ceilings, and how well products with few rows reach them."""
     import jax
     import jax.numpy as jnp
-    from medvdm import roofline
+    from medvdm.cost import roofline
 
     limits = roofline.ceilings(dtype=row["dtype"], **({"side": 256, "numbers": 2**20} if row["tiny"] else {}))
     side, out = 256 if row["tiny"] else 4096, {}
@@ -239,8 +243,9 @@ def devices(row: dict[str, Any]) -> dict[str, Any]:
     import medvdm
     import numpy as np
     from jax.flatten_util import ravel_pytree
-    from medvdm import training, vdm
-    from medvdm.devices import Layout
+    from medvdm.models import vdm
+    from medvdm.training.devices import Layout
+    from medvdm.training.step import loss_fn
 
     config = medvdm.preset("demo", image_size=32, batch_size=16, image_shape=(32, 32, 1), classes=2)
     model, recipe, graph = config.model, config.training, vdm.graph_of(config.model)
@@ -253,7 +258,7 @@ def devices(row: dict[str, Any]) -> dict[str, Any]:
     params = jax.device_put(moved, layout.replicated)
 
     def loss(params: Any) -> Any:
-        return training.loss_fn(vdm.merge(graph, params), recipe, images, labels, jax.random.key(1))[0]
+        return loss_fn(vdm.merge(graph, params), recipe, images, labels, jax.random.key(1))[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     flat = np.asarray(ravel_pytree(jax.device_get(grads))[0])

@@ -23,8 +23,11 @@ import jax.numpy as jnp
 import medvdm
 import numpy as np
 import optax
-from medvdm import data, training, vdm, vlb
-from medvdm.config import RunConfig, change
+from medvdm import data
+from medvdm.models import vdm
+from medvdm.runs.config import RunConfig, change
+from medvdm.theory import bound as bound_
+from medvdm.training.step import gradient, init_state, jit_step, optimiser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record
@@ -65,7 +68,7 @@ def trainer(arm: str) -> Any:
     config = settings(arm)
     model, train = config.model, config.training
     graph = vdm.graph_of(model)
-    optimise = training.optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
+    optimise = optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
 
     @jax.jit
     def begin(key: jax.Array) -> vdm.Params:
@@ -81,7 +84,7 @@ def trainer(arm: str) -> Any:
                 (train.batch_size,),
                 replace=False,
             )
-            grads, _ = training.gradient(graph, train, params, images[rows], None, key)
+            grads, _ = gradient(graph, train, params, images[rows], None, key)
             updates, state = optimise.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -93,8 +96,8 @@ def trainer(arm: str) -> Any:
         """The bound of each image, bits per dimension, by the mean of its draws, which are the same for all arms."""
         model = vdm.merge(graph, params)
         keys = jax.random.split(jax.random.key(99), DRAWS)
-        totals = jax.lax.map(lambda key: vlb.bound(model, images, key=key).total, keys)
-        return vlb.bits_per_dim(totals.mean(axis=0), (64, 64, 1))
+        totals = jax.lax.map(lambda key: bound_.terms(model, images, key=key).total, keys)
+        return bound_.bits_per_dim(totals.mean(axis=0), (64, 64, 1))
 
     return graph, begin, run, bound
 
@@ -114,18 +117,18 @@ NETWORKS = vdm.graph_of(settings("linear").model)
 
 @partial(jax.jit, static_argnames="stratified")
 def spread(params: vdm.Params, images: jax.Array, values: jax.Array, *, stratified: bool) -> dict[str, jax.Array]:
-    """Over random batches at fixed weights: the diffusion loss in nats an image and its gradient by the ScoreNet."""
+    """Over random batches at fixed weights: the diffusion loss in nats per image and its gradient by the ScoreNet."""
     n = SMALL.training.batch_size
 
     def one(carry: Any, key: jax.Array) -> Any:
         key_rows, key_times, key_eps = jax.random.split(key, 3)
         x = images[jax.random.choice(key_rows, len(images), (n,), replace=False)]
-        u = vlb.sample_times(key_times, n, stratified=stratified)
+        u = bound_.sample_times(key_times, n, stratified=stratified)
 
         def loss(score: vdm.Params) -> jax.Array:
             model = vdm.merge(NETWORKS, {**params, "score": score})
             f, label = model.encode(x), model.embed(None, n=n)
-            return vlb.diffusion_loss(Swapped(model, values), f, label, u, key_eps).mean()
+            return bound_.diffusion_loss(Swapped(model, values), f, label, u, key_eps).mean()
 
         value, grad = jax.value_and_grad(loss)(params["score"])
         total, squares = carry
@@ -144,14 +147,14 @@ def spread(params: vdm.Params, images: jax.Array, values: jax.Array, *, stratifi
 
 @jax.jit
 def moments(params: vdm.Params, images: jax.Array, gammas: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """E |eps - eps_hat|^2 and E |eps - eps_hat|^4 at some gammas, by one draw an image."""
+    """E |eps - eps_hat|^2 and E |eps - eps_hat|^4 at some gammas, by one draw per image."""
     model = vdm.merge(NETWORKS, params)
     f, label = model.encode(images), model.embed(None, n=len(images))
 
     def at(gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
         flat = Swapped(model, jnp.full(len(GRID), gamma))  # one noise level, of any slope: 1/2 |.|^2 by the probe
-        probe = vlb.Probe(jnp.zeros(len(images)), jnp.full(len(images), 2.0))
-        squares = vlb.diffusion_loss(flat, f, label, jnp.full(len(images), 0.5), jax.random.key(8), probe)
+        probe = bound_.Probe(jnp.zeros(len(images)), jnp.full(len(images), 2.0))
+        squares = bound_.diffusion_loss(flat, f, label, jnp.full(len(images), 0.5), jax.random.key(8), probe)
         return squares.mean(), jnp.mean(squares**2)
 
     return jax.lax.map(at, gammas)
@@ -251,8 +254,8 @@ def overhead(name: str, config: RunConfig, repeats: int) -> dict[str, Any]:
     steps, states, times = [], [], []
     for changes in ({}, LEARNED):
         now = change(config, **changes)
-        steps.append(training.jit_step(now.model, now.training))
-        states.append(jax.jit(partial(training.init_state, now.model, now.training))())
+        steps.append(jit_step(now.model, now.training))
+        states.append(jax.jit(partial(init_state, now.model, now.training))())
     for repeat in range(repeats + 2):
         taken = [0.0, 0.0]
         for which in ((0, 1), (1, 0))[repeat % 2]:

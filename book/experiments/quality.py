@@ -5,7 +5,7 @@
 For each run: 256 samples with T = 250, the held-out (test) images through encoder and decoder, 256 samples of the
 linear-Gaussian VDM, and as many training images as a yardstick.
 
-* `audits`: what `medvdm audit` prints, one row a run and set;
+* `audits`: what `medvdm audit` prints, one row per run and set;
 * `spectra`: mean radial power of each set at each scale, in bins of equal width in log k;
 * `grays`: share of the pixels of each set in 32 bins of gray values;
 * `nearest`: quantiles of the distance to the nearest training image (of another patient), for each set and for the
@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from medvdm import quality, runs
+from medvdm.evaluation.audit import Space, audit_set, nearest
+from medvdm.evaluation.measures import power_spectrum
+from medvdm.runs.audit import audit_sets
+from medvdm.runs.run import load, load_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record  # noqa: E402
@@ -39,7 +42,7 @@ def say(*words: object) -> None:
 
 def spectra(name: str, sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Rows:
     """Mean power of each set in at most 24 bins of scales."""
-    power = {kind: quality.power_spectrum(images).mean(axis=0) for kind, (images, _) in sets.items()}
+    power = {kind: power_spectrum(images).mean(axis=0) for kind, (images, _) in sets.items()}
     most = len(power["held_out"])
     edges = np.unique(np.rint(np.geomspace(1, most + 1, 25)).astype(int))
     return [
@@ -59,12 +62,12 @@ def grays(name: str, sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Rows:
     ]
 
 
-def nearest(
+def nearest_rows(
     name: str,
     sets: dict[str, tuple[np.ndarray, np.ndarray]],
     train: np.ndarray,
     patients: np.ndarray,
-    space: quality.Space,
+    space: Space,
 ) -> Rows:
     """Quantiles of the distance to the nearest training image, in pixels and in the space of 64 components."""
 
@@ -76,7 +79,7 @@ def nearest(
     rows = []
     for kind, features in {"pixels": lambda x: x, "PCA": project}.items():
         to_train = features(train)
-        far = {s: quality.nearest(features(x), to_train, who, patients)[0] for s, (x, who) in sets.items()}
+        far = {s: nearest(features(x), to_train, who, patients)[0] for s, (x, who) in sets.items()}
         for s, distance in far.items():
             rows.append(
                 {"run": name, "space": kind, "set": s}
@@ -98,18 +101,18 @@ def main() -> None:
     start = time.perf_counter()
     tables: dict[str, Rows] = {"audits": [], "spectra": [], "grays": [], "nearest": []}
     for path in options.runs:
-        run = runs.load(path)
+        run = load(path)
         nih = run.config.data.data == "nih"
-        data = runs.load_data(run, data_dir=options.data_dir if nih else None)
+        data = load_data(run, data_dir=options.data_dir if nih else None)
         train = data.indices("train")
         images, patients = data.read(train), data.patients[train]
-        space = quality.Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
-        sets = runs.audit_sets(run, data, num=NUM, steps=T, seed=SEED)
+        space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
+        sets = audit_sets(run, data, num=NUM, steps=T, seed=SEED)
         say(path.name, "drawn")
         held_out, who = sets["held_out"]
         for kind, (x, groups) in sets.items():
             if kind != "held_out":
-                found = quality.audit(
+                found = audit_set(
                     x,
                     held_out,
                     images,
@@ -125,7 +128,7 @@ def main() -> None:
                 say(path.name, kind, found)
         tables["spectra"] += spectra(path.name, sets)
         tables["grays"] += grays(path.name, sets)
-        tables["nearest"] += nearest(path.name, sets, images, patients, space)
+        tables["nearest"] += nearest_rows(path.name, sets, images, patients, space)
     record.experiment("quality", config=run.config, seconds=time.perf_counter() - start, results=tables)
 
 

@@ -29,7 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from medvdm import baselines, config, data, evaluation, training, vdm, vlb
+from medvdm import data
+from medvdm.evaluation.components import exact_components
+from medvdm.evaluation.statistics import clustered_stderr
+from medvdm.models import vdm
+from medvdm.runs import config
+from medvdm.runs.presets import preset
+from medvdm.theory import bound as bound_
+from medvdm.theory import linear_gaussian
+from medvdm.training import step as step_
 from scipy import ndimage, special
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
@@ -47,7 +55,7 @@ SIZES = {  # of the small networks, the same for every latent
 RECIPE = {"steps": 600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 100, "ema_decay": 0.0}
 GAMMA_1 = 5.0  # q(z_1) is close to N(0, I), so the prior loss is small for every model
 CONFIG = dataclasses.replace(
-    config.preset("demo", data="nih", image_size=64, latent=32, gamma_min=-5.0, gamma_max=GAMMA_1, **SIZES, **RECIPE),
+    preset("demo", data="nih", image_size=64, latent=32, gamma_min=-5.0, gamma_max=GAMMA_1, **SIZES, **RECIPE),
     conditional=False,
 )
 LATENTS = (2, 8, 32, 128, 512)
@@ -85,7 +93,7 @@ class Images:
         return nats / (LN2 * self.size**2)
 
     def stderr(self, values: np.ndarray, split: str = "test") -> float:
-        return evaluation.clustered_stderr(values, self.patients[split])
+        return clustered_stderr(values, self.patients[split])
 
 
 def floor(x: np.ndarray) -> np.ndarray:
@@ -114,7 +122,7 @@ def predictors(images: Images, mean: np.ndarray, components: np.ndarray) -> list
     rows = []
     for name, picture in pictures.items():
         p = np.broadcast_to(picture, x.shape).astype(np.float32)
-        excess = images.bpd(baselines.cross_entropy(x, p) - lowest)
+        excess = images.bpd(linear_gaussian.cross_entropy(x, p) - lowest)
         rmse = np.sqrt(np.mean((x - np.clip(p, 0, 1)) ** 2, dtype=np.float64))
         rows.append({**images.head, "predictor": name, "rmse": float(rmse), "excess_bpd": excess.mean()})
         rows[-1]["stderr_bpd"] = images.stderr(excess)
@@ -133,11 +141,11 @@ def linear(images: Images, mean: np.ndarray, components: np.ndarray, variances: 
     x, val = images.x["test"], images.x["val"]
     latents, noises = (2, 4, 8, 16, 32, 64, 128, 256), (0.28, 0.4, 0.55, 0.75)
     by_k, water = [], []
-    for t in baselines.rate_distortion(val, x, mean, components, variances, latents=latents, noises=noises):
+    for t in linear_gaussian.rate_distortion(val, x, mean, components, variances, latents=latents, noises=noises):
         by_k.append({**images.head, "latent": t.latent, "noise": t.noise, **point(images, t.reconstruction, t.rate)})
     for level in np.geomspace(variances[0] / 4, 0.07, 12):
-        noise = baselines.water_filling(variances, level)
-        terms = baselines.linear_gaussian_vdm(x, mean, components[: len(noise)], variances[: len(noise)], noise)
+        noise = linear_gaussian.water_filling(variances, level)
+        terms = linear_gaussian.linear_gaussian_vdm(x, mean, components[: len(noise)], variances[: len(noise)], noise)
         water.append({**images.head, "level": float(level), "latent": len(noise), **point(images, *terms)})
     log(f"{images.name} {images.size}: linear models")
     return [by_k, water]
@@ -168,11 +176,11 @@ class Trainer:
         self.images, self.config = images, config.change(CONFIG, image_shape=shape, **changes)
         self.x = {split: jnp.asarray(x.reshape(-1, *shape)) for split, x in images.x.items()}
         settings, graph = self.config.training, vdm.graph_of(self.config.model)
-        optimiser = optax.flatten(training.optimiser(settings))  # one vector: the same numbers, compiled sooner
+        optimiser = optax.flatten(step_.optimiser(settings))  # one vector: the same numbers, compiled sooner
 
         def loss(params, gamma_0, x, key):
-            bound = vlb.bound(WithEnds(vdm.merge(graph, params), gamma_0), x, key=key)
-            return vlb.bits_per_dim(jnp.mean(bound.total), shape)
+            bound = bound_.terms(WithEnds(vdm.merge(graph, params), gamma_0), x, key=key)
+            return bound_.bits_per_dim(jnp.mean(bound.total), shape)
 
         def train(params, gamma_0, images, keys):
             def step(carry, key):
@@ -187,7 +195,7 @@ class Trainer:
 
         def terms(params, gamma_0, x, keys):
             model = WithEnds(vdm.merge(graph, params), gamma_0)
-            bound = jax.lax.map(lambda key: vlb.bound(model, x, key=key), keys)
+            bound = jax.lax.map(lambda key: bound_.terms(model, x, key=key), keys)
             signal = jnp.var(model.encode(x), axis=0) / jnp.exp(gamma_0)  # against the noise of z_0
             return bound.reconstruction.mean(0), (bound.prior + bound.diffusion).mean(0), signal
 
@@ -235,8 +243,8 @@ def blur(images: Images) -> list[dict]:
     rows = []
     for width in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48):
         p = ndimage.gaussian_filter(x, (0, width, width), mode="nearest")
-        p = np.clip(p, baselines.CLIP, 1 - baselines.CLIP)
-        excess = baselines.cross_entropy(x.reshape(n, -1), p.reshape(n, -1)) - floor(x.reshape(n, -1))
+        p = np.clip(p, linear_gaussian.CLIP, 1 - linear_gaussian.CLIP)
+        excess = linear_gaussian.cross_entropy(x.reshape(n, -1), p.reshape(n, -1)) - floor(x.reshape(n, -1))
         second = np.mean((x - p) ** 2 / (2 * p * (1 - p)), dtype=np.float64) / LN2
         rmse = np.sqrt(np.mean((x - p) ** 2, dtype=np.float64))
         row = {**images.head, "width_pixels": width, "rmse": float(rmse), "excess_bpd": images.bpd(excess).mean()}
@@ -247,11 +255,11 @@ def blur(images: Images) -> list[dict]:
 def eight_bit(images: Images) -> list[dict]:
     """The perfect picture under the *normalised* law, as a code for 8-bit values: bits per pixel."""
     x = images.x["test"].astype(np.float64)
-    p = np.clip(x, baselines.CLIP, 1 - baselines.CLIP)
+    p = np.clip(x, linear_gaussian.CLIP, 1 - linear_gaussian.CLIP)
     logit = special.logit(p)
     middle = np.abs(logit) < 1e-6
     integral = np.where(middle, 0.5, (2 * p - 1) / np.where(middle, 1.0, logit))
-    cost, constant = images.bpd(baselines.cross_entropy(x, p)).mean(), -np.log2(integral).mean()
+    cost, constant = images.bpd(linear_gaussian.cross_entropy(x, p)).mean(), -np.log2(integral).mean()
     return [{**images.head, "cross_entropy_bpd": cost, "log2_constant_bpd": constant, "code_bpd": 8 + cost - constant}]
 
 
@@ -265,7 +273,7 @@ def closed_forms(data_dir: Path) -> dict[str, list[dict]]:
         images = Images(name, size, data_dir)
         tables["floors"] += floors(images)
         if size in (28, 64) or (name == "nih" and size == 256):
-            mean, components, variances = baselines.principal_components(images.x["train"], 537)
+            mean, components, variances = exact_components(images.x["train"], 537)
             tables["predictors"] += predictors(images, mean, components)
         if name == "nih" and size in (64, 256):
             by_k, water = linear(images, mean, components, variances)

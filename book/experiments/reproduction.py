@@ -30,22 +30,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from medvdm import config as config_
-from medvdm import evaluation, gaussian, likelihoods, plotting, runs, sampling, vdm
+from medvdm import plotting
+from medvdm.evaluation import held_out
+from medvdm.evaluation.statistics import clustered_stderr
+from medvdm.models import likelihoods, vdm
+from medvdm.models.generate import Samples, generate
+from medvdm.runs.presets import preset
+from medvdm.runs.run import Run, load, load_data
+from medvdm.runs.sample import sample
+from medvdm.theory import gaussian
 from scipy.spatial.distance import cdist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record
 
 NAME = "reproduction"
-CONFIG = config_.preset("paper", batch_size=16, steps=3000)
+CONFIG = preset("paper", batch_size=16, steps=3000)
 SEED = 0
-DRAWS = 2  # of time and noise an image, for the bound
+DRAWS = 2  # of time and noise per image, for the bound
 CHAINS, STEPS = 192, 250  # for each start
 MANY_CHAINS, MANY_STEPS = 64, (50, 250, 1_000, 20_000)  # of the first run
 
 
-def label(run: runs.Run) -> str:
+def label(run: Run) -> str:
     """A name that says which run it is and not where it lies."""
     training = run.config.training
     return f"{run.config.preset}-b{training.batch_size}-s{training.seed}"
@@ -73,17 +80,17 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 # --- The bound ------------------------------------------------------------------------------------------------------
 
 
-def bound(run: runs.Run, x: np.ndarray) -> np.ndarray:
+def bound(run: Run, x: np.ndarray) -> np.ndarray:
     """(3, n): reconstruction, diffusion and prior of each image in bits per dimension, means over draws."""
 
     def terms(part: np.ndarray, number: int) -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(SEED), number)
-        return evaluation.bound_terms(run.graph, run.params, part, None, draws=DRAWS, key=key).mean(0).T
+        return held_out.bound_terms(run.graph, run.params, part, None, draws=DRAWS, key=key).mean(0).T
 
     return by_parts(terms, x).T / (np.log(2) * run.config.model.dimensions)
 
 
-def linear_gaussian(run: runs.Run, x: np.ndarray) -> np.ndarray:
+def linear_gaussian(run: Run, x: np.ndarray) -> np.ndarray:
     """(n,): the bound of the linear-Gaussian VDM of each image, bits per dimension."""
     nats = by_parts(lambda part, _: np.add(*run.baselines.linear_gaussian(part)), x)
     return nats / (np.log(2) * run.config.model.dimensions)
@@ -99,12 +106,12 @@ def bound_row(name: str, split: str, terms: np.ndarray, x: np.ndarray, patients:
         "split": split,
         "images": len(x),
         "patients": len(set(patients)),
-        **dict(zip(evaluation.TERMS, terms.mean(1), strict=True)),
+        **dict(zip(held_out.TERMS, terms.mean(1), strict=True)),
         "vlb_bpd": total.mean(),
-        "vlb_bpd_stderr": evaluation.clustered_stderr(total, patients),
+        "vlb_bpd_stderr": clustered_stderr(total, patients),
         "floor_bpd": floor.mean(),
         "excess_bpd": (total - floor).mean(),
-        "excess_bpd_stderr": evaluation.clustered_stderr(total - floor, patients),
+        "excess_bpd_stderr": clustered_stderr(total - floor, patients),
         "rate_bits_per_image": terms[1:].sum(0).mean() * dimensions,
     }
 
@@ -112,13 +119,13 @@ def bound_row(name: str, split: str, terms: np.ndarray, x: np.ndarray, patients:
 # --- The law of z_1 -------------------------------------------------------------------------------------------------
 
 
-def ends(run: runs.Run) -> tuple[float, float]:
+def ends(run: Run) -> tuple[float, float]:
     """gamma_0 and gamma_1."""
     first, last = np.asarray(run.model.gamma(jnp.array([0.0, 1.0])))
     return float(first), float(last)
 
 
-def encode(run: runs.Run, x: np.ndarray) -> np.ndarray:
+def encode(run: Run, x: np.ndarray) -> np.ndarray:
     """Encodings (n, d) of images, float64."""
     of = jax.jit(lambda params, x: vdm.merge(run.graph, params).encode(x))
     return by_parts(lambda part, _: of(run.params, part), x).astype(np.float64)
@@ -154,7 +161,7 @@ def first_latent(f: np.ndarray, gamma: float) -> dict[str, float]:
 # --- Samples --------------------------------------------------------------------------------------------------------
 
 
-def decode(run: runs.Run, z0: np.ndarray) -> np.ndarray:
+def decode(run: Run, z0: np.ndarray) -> np.ndarray:
     """Images (n, h, w, c) of latents z_0, as the sampler shows them."""
     scale = gaussian.alpha(run.model.gamma(jnp.zeros(())))
     show = jax.jit(lambda params, z: likelihoods.bernoulli_mean(vdm.merge(run.graph, params).decode(z / scale)))
@@ -208,9 +215,9 @@ def starts(f: np.ndarray, gamma: float, num: int) -> dict[str, np.ndarray]:
     }
 
 
-def draw(run: runs.Run, steps: int, z: np.ndarray) -> sampling.Samples:
+def draw(run: Run, steps: int, z: np.ndarray) -> Samples:
     """Chains from given latents at t = 1."""
-    return sampling.generate(run.graph, run.params, num=len(z), steps=steps, z=z, seed=SEED)
+    return generate(run.graph, run.params, num=len(z), steps=steps, z=z, seed=SEED)
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------
@@ -235,7 +242,7 @@ def half(images: np.ndarray) -> np.ndarray:
 
 
 def rows(named: dict[str, np.ndarray]) -> Any:
-    """A sheet with one set of images a row and its name above."""
+    """A sheet with one set of images per row and its name above."""
     columns = len(next(iter(named.values())))
     titles = [name if i == 0 else "" for name in named for i in range(columns)]
     return plotting.image_grid(
@@ -264,12 +271,12 @@ def main(arguments: list[str]) -> None:
         name: [] for name in ("bounds", "paired", "first_latent", "spectra", "samples")
     }
     totals: dict[str, np.ndarray] = {}  # of the test images
-    data = runs.load_data(runs.load(options.run[0]), data_dir=options.data_dir)
+    data = load_data(load(options.run[0]), data_dir=options.data_dir)
     x = {split: data.read(data.indices(split)) for split in ("train", "val", "test")}
     patients = {split: data.patients[data.indices(split)] for split in x}
 
     for position, folder in enumerate(options.run):
-        run = runs.load(folder)
+        run = load(folder)
         name = label(run)
         gamma_0, gamma_1 = ends(run)
         say(name, "bound")
@@ -320,7 +327,7 @@ def main(arguments: list[str]) -> None:
             many = {}
             for steps in MANY_STEPS:
                 say(name, "T =", steps)
-                drawn = sampling.generate(run.graph, run.params, num=MANY_CHAINS, steps=steps, seed=SEED)
+                drawn = generate(run.graph, run.params, num=MANY_CHAINS, steps=steps, seed=SEED)
                 what = {"run": name, "start": "N(0, I), fewer chains", "steps": steps}
                 tables["samples"].append(sample_row(drawn.images, drawn.latents[-1], z0["test"], **what))
                 many[f"T = {steps:,}"] = drawn.images[:5]
@@ -329,7 +336,7 @@ def main(arguments: list[str]) -> None:
                 plotting.image_grid(half(drawn.images[:16]), synthetic=True, columns=4),
             )
             save("steps", rows(many))
-            chain = runs.sample(run, num=3, steps=1_000, num_states=8, seed=SEED)
+            chain = sample(run, num=3, steps=1_000, num_states=8, seed=SEED)
             gammas = np.asarray(run.model.gamma(jnp.asarray(chain.times, jnp.float32)))
             save(
                 "reverse",
@@ -345,7 +352,7 @@ def main(arguments: list[str]) -> None:
                     "run": one,
                     "minus": other,
                     "difference_bpd": difference.mean(),
-                    "stderr": evaluation.clustered_stderr(difference, patients["test"]),
+                    "stderr": clustered_stderr(difference, patients["test"]),
                 }
             )
     results = {name: [plain(row) for row in table] for name, table in tables.items()}

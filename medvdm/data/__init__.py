@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from medvdm.data.base import SPLITS, ImageData, as_unit_float, from_arrays, index_of, split_of_patient
+from medvdm.data.base import SPLITS, ImageData, Reading, from_arrays, index_of, split_of_patient
 from medvdm.errors import InputError, nearest
 
 __all__ = [
     "SPLITS",
     "DataConfig",
     "ImageData",
-    "as_unit_float",
+    "Reading",
     "at_hand",
     "from_arrays",
     "index_of",

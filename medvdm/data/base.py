@@ -7,12 +7,13 @@ in which split) and gives a function that reads any subset. Nothing here knows a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from medvdm.errors import DataError, InputError, InputTypeError, nearest
+from medvdm.images import as_unit_float
 
 SPLITS = ("train", "val", "test")
 
@@ -30,23 +31,24 @@ def split_of_patient(patient: str) -> str:
     return "test" if bucket in (0, 1) else "val" if bucket == 2 else "train"
 
 
-def as_unit_float(images: np.ndarray, name: str = "images") -> np.ndarray:
-    """Return ``images`` as float32 in [0, 1]: uint8 is divided by 255, float must already be in [0, 1].
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a source did to get its images: for the log, the data record and the model card.
 
-    Raises:
-        InputTypeError: for any other dtype. A silent cast of [0, 1] images to integers gives black images.
-        InputError: for values that are not finite or outside [0, 1].
+    Attributes:
+        seen: files (or array rows) that were looked at.
+        read: how many of them are images of the set; the rest was skipped.
+        skipped: number of those that were not read, by reason.
+        stored_range: least and largest stored value that was read, as fractions of what the files could hold: (0, 0.06)
+            is 12 bits in a 16-bit file. None where it is not known before every pixel has been read.
+        guessed: one line for each thing that was not stated and had to be guessed.
     """
-    images = np.asarray(images)
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / np.float32(255.0)
-    if not np.issubdtype(images.dtype, np.floating):
-        raise InputTypeError(f"{name}: dtype {images.dtype}; expected uint8, or float in [0, 1]")
-    if images.size:
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
-            raise InputError(f"{name}: values from {low:g} to {high:g}; expected [0, 1]")
-    return images.astype(np.float32, copy=False)
+
+    seen: int
+    read: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    stored_range: tuple[float, float] | None = None
+    guessed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class ImageData:
     Attributes:
         name: the registry's name of the source, as in ``--data``.
         origin: one line that says what the images are and where they came from, for the model card.
-        ids: one name an image, unique (a file name, an index).
+        ids: one name per image, unique (a file name, an index).
         labels: uint8 of shape (N, K), multi-hot: 1 where the image carries the class.
         class_names: the K names, in the order of the columns of ``labels``.
         patients: N strings; images with the same string belong to one person.
@@ -65,6 +67,7 @@ class ImageData:
         image_shape: (height, width, channels).
         reader: maps an integer array of n positions to float32 of shape (n, height, width, channels) in [0, 1].
         notes: what a reader of the model card should know (missing files, resizing, unknown patients).
+        reading: what was looked at, read, skipped and guessed, as counts.
     """
 
     name: str
@@ -78,6 +81,7 @@ class ImageData:
     image_shape: tuple[int, int, int]
     reader: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     notes: tuple[str, ...] = ()
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -87,7 +91,7 @@ class ImageData:
             )
         for what in ("patients", "splits"):
             if len(getattr(self, what)) != n:
-                raise InputError(f"{what}: {len(getattr(self, what))} entries; expected {n}, one an image")
+                raise InputError(f"{what}: {len(getattr(self, what))} entries; expected {n}, one per image")
         sides: dict[str, str] = {}
         for patient, split in zip(self.patients, self.splits, strict=True):
             if sides.setdefault(patient, split) != split:

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from medvdm.data.base import as_unit_float
 from medvdm.errors import DataError, InputError, MedvdmError, MissingFileError, MissingPackageError, nearest
+from medvdm.images import as_unit_float
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from medvdm.data import convert
-from medvdm.data.base import as_unit_float
 from medvdm.errors import DataError, InputError, MissingFileError
+from medvdm.images import as_unit_float
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels kept in memory; more is decoded anew at every read
 _THREADS = min(8, os.cpu_count() or 1)  # decoders release the GIL

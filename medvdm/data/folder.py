@@ -26,7 +26,7 @@ _ONE_CLASS = "all"
 
 @dataclass(frozen=True)
 class _Layout:
-    """Labels, and the split that the folders say (None: they say none), one an image."""
+    """Labels, and the split that the folders say (None: they say none), one per image."""
 
     labels: list[str]
     splits: list[str] | None
@@ -116,7 +116,7 @@ def _labels(folders: Sequence[tuple[str, ...]], ids: Sequence[str], folder: Path
 def _patients(
     paths: Sequence[Path], ids: Sequence[str], pattern: re.Pattern[str] | None
 ) -> tuple[list[str], list[str]]:
-    """One patient an image, and what to note about them."""
+    """One patient per image, and what to note about them."""
     if pattern is not None:
         patients = [_matched(pattern, name, path) for name, path in zip(ids, paths, strict=True)]
         return patients, [f"patients by the pattern {pattern.pattern}: {len(set(patients))}"]

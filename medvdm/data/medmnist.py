@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from medvdm.data import files
-from medvdm.data.base import SPLITS, ImageData, as_unit_float
+from medvdm.data.base import SPLITS, ImageData
 from medvdm.data.convert import Fit, resize
 from medvdm.errors import DataError, InputError, MissingFileError, nearest
+from medvdm.images import as_unit_float
 
 SIZES = (28, 64, 128, 224)
 _URL = "https://zenodo.org/records/10519652/files/{file}?download=1"
@@ -358,7 +359,7 @@ def _read(path: Path, info: _Flag) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part, part_labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         _check_images(part, f"{path}: {split}_images", info)
         if len(part_labels) != len(part):
-            raise DataError(f"{path}: {len(part_labels)} {split}_labels; expected {len(part)}, one an image")
+            raise DataError(f"{path}: {len(part_labels)} {split}_labels; expected {len(part)}, one per image")
         images.append(part.reshape(*part.shape[:3], info.channels))
         labels.append(part_labels.reshape(len(part_labels), -1))
         splits += [split] * len(part)

@@ -151,7 +151,7 @@ def _add_row(rows: dict[str, _Row], cells: Sequence[str], columns: tuple[int, ..
         raise DataError(f"{path}: line {line} has the Patient ID '{patient}'; expected a whole number")
     if name in rows:
         raise DataError(
-            f"{path}: line {line} names {name} again, after line {rows[name].line}; expected one row an image"
+            f"{path}: line {line} names {name} again, after line {rows[name].line}; expected one row per image"
         )
     rows[name] = _Row(line, found, str(int(patient)))
 

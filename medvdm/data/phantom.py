@@ -39,7 +39,7 @@ _WARP_CELLS, _MOTTLE_CELLS, _GRAIN_CELLS = 6, 11, 40  # grid points a side of th
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomFactors:
-    """What an image was drawn from: one row an image; lengths are fractions of the image's side.
+    """What an image was drawn from: one row per image; lengths are fractions of the image's side.
 
     The first block belongs to the patient and is the same at both visits; the second to the image. Anatomical
     lengths are given before ``zoom``. Positions of opacities are in the image: x to the right, y down, from 0 to 1.
@@ -72,7 +72,7 @@ class PhantomFactors:
         white: (n,) grey level of endless attenuation.
         tone: (n,) bend of the grey scale, -0.35 (darker mid-tones) to 0.5 (brighter).
         softness: (n,) 0 (sharp) to 1 (blurred with a standard deviation of 0.008).
-        noise: (n,) standard deviation of the noise a pixel at mid-grey, in grey levels of [0, 1], at every size.
+        noise: (n,) standard deviation of the noise per pixel at mid-grey, in grey levels of [0, 1], at every size.
         collimation: (n, 4) width of the dark border on the left, right, top and bottom; 0 where there is none.
         stomach_gas: (n,) radius of the stomach bubble, 0 where there is none.
         num_opacities: (n,) int, 0 for 'No Finding', else 1 to 3; so many columns of the following are used.
@@ -132,7 +132,7 @@ def render(
         indices: (n,) integers of 0 or more; 2 p and 2 p + 1 are the two visits of patient p.
         size: pixels a side, 8 to 1024.
         seed: 0 or more; another seed is another set of patients.
-        changes: factors to replace, by name, one value an image; all others and the noise stay as they are.
+        changes: factors to replace, by name, one value per image; all others and the noise stay as they are.
 
     Returns:
         float32 of shape (n, size, size, 1) in [0, 1], and the factors. An image depends on (seed, index, size)
@@ -140,7 +140,7 @@ def render(
 
     Raises:
         InputTypeError: indices that are not integers.
-        InputError: a negative index or seed; a size outside 8 to 1024; an unknown factor, or not a value an image.
+        InputError: a negative index or seed; a size outside 8 to 1024; an unknown factor, or not a value per image.
     """
     _check_size(size, "size")
     _check_seed(seed)

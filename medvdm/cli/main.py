@@ -1,0 +1,257 @@
+"""The command line: ``medvdm train | evaluate | sample | audit | benchmark``.
+
+The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
+errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medvdm.cli.tables import audit_table, evaluation_table
+from medvdm.errors import InputError, MedvdmError, nearest
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    if argv is None:
+        argv = sys.argv[1:]
+        _use_huge_pages(argv)
+        sys.unraisablehook = _quiet_stragglers
+    try:
+        code = _dispatch(list(argv))
+        sys.stdout.flush()
+        return code
+    except MedvdmError as problem:
+        _complain(problem)
+        return problem.exit_code
+    except BrokenPipeError:  # the reader has gone, as with `| head`; nothing more can be said to it
+        sys.stdout = open(os.devnull, "w")
+        return 141
+    except OSError as problem:
+        if problem.errno not in _PLACES:
+            raise
+        place = problem.filename  # a write, unlike opening a file, does not say where
+        if place is None and "--out" in argv[:-1]:
+            place = argv[argv.index("--out") + 1]
+        _complain(f"{f'{place}: ' if place else ''}{problem.strerror}; expected a place that can be written")
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+#: What is wrong with the place that a command should write to, rather than with the program.
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
+def _quiet_stragglers(problem: Any) -> None:
+    """Print what nobody can catch, but not the reads of a damaged checkpoint that end after the first has failed.
+
+    Orbax closes its event loop at the first failure; TensorStore's threads then complain about the closed loop.
+    """
+    if not (problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(problem)
+
+
+def _complain(problem: object) -> None:
+    print(f"medvdm: {' '.join(str(problem).split())}", file=sys.stderr)
+
+
+def _use_huge_pages(argv: Sequence[str]) -> None:
+    """Start again with 2 MB pages for large arrays, where the system offers them on request.
+
+    A training step of the `paper` preset fills hundreds of megabytes of fresh memory, and most of the time of filling
+    is the system handing it out 4 kB at a time. The setting is read when a process starts, hence the second start (a
+    few milliseconds; JAX is not loaded yet). An existing GLIBC_TUNABLES is left alone.
+    """
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    with contextlib.suppress(OSError):
+        name, version = platform.libc_ver()
+        recent = name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+        if recent and "GLIBC_TUNABLES" not in os.environ and "[madvise]" in offered.read_text():
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, [sys.executable, "-m", "medvdm", *argv])
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "sample": _sample,
+        "audit": _audit,
+        "benchmark": _benchmark,
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(
+            "usage: medvdm {" + ",".join(commands) + "} [options]\n\nVariational diffusion models for medical images."
+        )
+        print(
+            "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
+        )
+        print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
+        print("  benchmark  step time against a plain JAX step")
+        print("\n'medvdm COMMAND --help' lists the options of a command.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from medvdm import __version__
+
+        print(f"medvdm {__version__}")
+        return 0
+    if argv[0] not in commands:
+        raise InputError(f"command: '{argv[0]}'; {nearest(argv[0], commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+def parse(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
+    """Parse a command's options with tyro; its boxed complaint becomes one line, an InputError."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind, args=argv, prog=f"medvdm {command}", default=default, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = "".join(c if c.isascii() or c.isalnum() else " " for c in said.getvalue()).split()
+        text = " ".join(w for w in words if set(w) - set("-+|"))
+        text = re.sub(r"^(Parsing error|Value error|Unrecognized options)\s+(Error parsing \w[\w.-]*: )?", "", text)
+        text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
+        raise InputError(f"{text} (see medvdm {command} --help)") from None
+
+
+# The commands. Their options are in medvdm.cli.options; heavy modules are imported after the options are parsed.
+
+
+def _train(argv: list[str]) -> int:
+    from medvdm.cli import options
+    from medvdm.cli.options import Train
+    from medvdm.runs.presets import PRESETS, preset
+    from medvdm.runs.store import EVALUATIONS, holds_run, read_lines, read_record
+
+    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    start.add_argument("--preset", nargs="?")
+    start.add_argument("--out", nargs="?")
+    start.add_argument("--resume", action="store_true")
+    early, _ = start.parse_known_args(argv)
+    if early.preset is not None and early.preset not in PRESETS:
+        raise InputError(f"preset: '{early.preset}'; {nearest(early.preset, PRESETS)}")
+    if early.resume and early.out and holds_run(Path(early.out)):
+        base = read_record(Path(early.out))[1]  # what is not said again stays as it was
+        if early.preset not in (None, base.preset):
+            raise InputError(f"preset: '{early.preset}'; expected '{base.preset}', with which {early.out} was started")
+    else:
+        base = preset(early.preset or "demo")
+    args = parse(Train, argv, "train", options.train_defaults(base))
+    if not args.out:
+        raise InputError("--out: missing; expected the folder of the run")
+    config = options.run_config(args)
+
+    from medvdm.runs.fit import fit
+    from medvdm.training.devices import first_process, start_processes
+
+    start_processes(args.coordinator, args.num_processes, args.process_id)
+    run = fit(config, args.out, resume=args.resume, progress=args.progress)
+    if first_process():
+        looks = [r for r in read_lines(run.path / EVALUATIONS) if r["step"] == run.step]
+        for look in looks:
+            print(f"step {run.step}, validation, {look['weights']} weights: {look['vlb_bpd']:.4f} bits per dimension")
+        print(f"run: {args.out}")
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from medvdm.cli.options import Evaluate
+
+    args = parse(Evaluate, argv, "evaluate")
+
+    from medvdm.runs.evaluate import evaluate
+    from medvdm.runs.run import load, load_data
+
+    run = load(args.run, ema=args.ema, step=args.step)
+    data = None
+    if args.data is not None or args.data_dir is not None:
+        data = load_data(run, args.data, args.data_dir)
+    result = evaluate(
+        run, data, split=args.split, null=args.null, draws=args.draws, batch_size=args.batch_size, seed=args.seed
+    )
+    print(json.dumps(result) if args.json else evaluation_table(result))
+    return 0
+
+
+def _sample(argv: list[str]) -> int:
+    from medvdm.cli.options import Sample
+
+    args = parse(Sample, argv, "sample")
+
+    from medvdm.runs import provenance
+    from medvdm.runs.run import load
+    from medvdm.runs.sample import sample
+
+    provenance.check_path(Path(args.out))
+    run = load(args.run, ema=args.ema)
+    drawn = sample(run, args.num, steps=args.steps, label=args.label, guidance=args.guidance, seed=args.seed)
+    drawn.save(args.out)
+    print(f"{args.num} synthetic images: {args.out}")
+    return 0
+
+
+def _audit(argv: list[str]) -> int:
+    from medvdm.cli.options import Audit
+
+    args = parse(Audit, argv, "audit")
+
+    from medvdm.runs.audit import audit
+    from medvdm.runs.run import load, load_data
+
+    run = load(args.run, ema=args.ema)
+    data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
+    result = audit(
+        run,
+        data,
+        num=args.num,
+        steps=args.steps,
+        label=args.label,
+        guidance=args.guidance,
+        split=args.split,
+        seed=args.seed,
+    )
+    print(json.dumps(result) if args.json else audit_table(result))
+    return 0
+
+
+def _benchmark(argv: list[str]) -> int:
+    from medvdm.cli.options import Benchmark
+    from medvdm.runs import config as config_
+    from medvdm.runs.presets import preset
+
+    args = parse(Benchmark, argv, "benchmark")
+    config = preset(args.preset, batch_size=args.batch_size)
+    if args.image_size is not None:
+        config = config_.change(config, image_size=args.image_size)
+
+    from medvdm.cli.tables import benchmark_table
+    from medvdm.cost import benchmark
+
+    result = benchmark.run(config, repeats=args.repeats, roofline=args.roofline)
+    print(json.dumps(result) if args.json else benchmark_table(result))
+    return 0

@@ -1,0 +1,76 @@
+"""Arrays of images as pictures: one check of what an image is, and grids of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from medvdm.errors import InputError, InputTypeError
+
+# --- Images ------------------------------------------------------------------------------------------------------
+
+
+def as_unit_float(images: np.ndarray, name: str = "images") -> np.ndarray:
+    """Return ``images`` as float32 in [0, 1]: uint8 is divided by 255, float must already be in [0, 1].
+
+    Raises:
+        InputTypeError: for any other dtype. A silent cast of [0, 1] images to integers gives black images.
+        InputError: for values that are not finite or outside [0, 1].
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(255.0)
+    if not np.issubdtype(images.dtype, np.floating):
+        raise InputTypeError(f"{name}: dtype {images.dtype}; expected uint8, or float in [0, 1]")
+    if images.size:
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
+            raise InputError(f"{name}: values from {low:g} to {high:g}; expected [0, 1]")
+    return images.astype(np.float32, copy=False)
+
+
+def as_images(images: np.ndarray, name: str = "images", *, picture: bool = False) -> np.ndarray:
+    """Images as float32 of shape (n, h, w, c) in [0, 1].
+
+    Args:
+        images: (n, h, w) or (n, h, w, c); uint8, or float in [0, 1].
+        name: what an error calls them.
+        picture: also ask for 1 (gray) or 3 (RGB) channels.
+
+    Raises:
+        InputError: another shape, an empty axis, values that are not finite or outside [0, 1].
+        InputTypeError: another dtype.
+    """
+    images = as_unit_float(images, name)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or 0 in images.shape:
+        raise InputError(f"{name}: shape {images.shape}; expected (n, h, w) or (n, h, w, c), none of them 0")
+    if picture and images.shape[-1] not in (1, 3):
+        raise InputError(f"{name}: {images.shape[-1]} channels; expected 1 (gray) or 3 (RGB) for a picture")
+    return images
+
+
+def default_columns(n: int) -> int:
+    """Columns of a grid of n images: close to a square, at least as wide as high, with few empty cells.
+
+    >>> [default_columns(n) for n in (1, 5, 7, 8, 16, 64)]
+    [1, 3, 4, 4, 4, 8]
+    """
+    least = math.isqrt(n - 1) + 1
+    return min(range(least, -(-4 * least // 3) + 1), key=lambda c: (-n % c, c))
+
+
+def tile(images: np.ndarray, columns: int, gap: int) -> np.ndarray:
+    """Put images (n, h, w, c) in rows of ``columns``, white around: (rows h + gaps, columns w + gaps, c).
+
+    The gap in pixels lies between images, not around them.
+    """
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, c), np.float32)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = image
+    return sheet

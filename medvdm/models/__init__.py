@@ -1,0 +1,1 @@
+"""The networks and the model composed of them (chapters 8 to 10 and 16)."""

@@ -1,0 +1,119 @@
+"""The networks of the Medical VDM: encoder, decoder and ScoreNet, all residual MLPs (paper, sections 2.4 and 2.5).
+
+They know nothing about diffusion: arrays go in, arrays come out. Parameters are float32; ``dtype`` is the type
+of the arithmetic (bfloat16 is for accelerators), and every output is float32 again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from medvdm.errors import InputError, InputTypeError
+
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+
+
+def time_embedding(u: Float[Array, " n"], width: int) -> Float[Array, "n width"]:
+    """Sines and cosines of ``1000 u`` at geometric frequencies from 1 to 1/10,000 (Vaswani et al. 2017).
+
+    Args:
+        u: a time-like number, about in [0, 1], one per example.
+        width: number of features, even.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1))
+    angles = 1000.0 * u[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class FiLM(nnx.Module):
+    r"""Feature-wise linear modulation: :math:`h \mapsto (1 + a(c)) h + b(c)` (Perez et al. 2018).
+
+    Both the scale a and the shift b come from the condition c through one linear layer. It starts at zero: the
+    identity. Calling it gives (a, b) side by side; :func:`modulate` applies them.
+    """
+
+    def __init__(self, condition_width: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros_init()
+        self.linear = nnx.Linear(condition_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, condition: Float[Array, "m c"]) -> Float[Array, "m two_width"]:
+        return self.linear(condition)
+
+
+def modulate(h: Float[Array, "n width"], film: Float[Array, "m two_width"]) -> Float[Array, "n width"]:
+    """``(1 + scale) h + shift``, with scale and shift side by side in ``film``; m is n, or 1 for all rows of h."""
+    scale, shift = jnp.split(film, 2, axis=-1)
+    return (1 + scale) * h + shift
+
+
+class ResidualBlock(nnx.Module):
+    """``h + W2 swish(film(W1 swish(norm(h))))``: pre-norm, two dense layers, zero-initialised at the end.
+
+    The last layer starts at zero, so a stack of blocks of any depth starts as the identity.
+    """
+
+    def __init__(self, width: int, inner_width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.expand = nnx.Linear(width, inner_width, dtype=dtype, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.contract = nnx.Linear(inner_width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, h: Float[Array, "n width"], film: Float[Array, "m two_inner"] | None = None
+    ) -> Float[Array, "n width"]:
+        inner = self.expand(nnx.swish(self.norm(h)))
+        if film is not None:
+            inner = modulate(inner, film)
+        return h + self.contract(nnx.swish(inner))
+
+
+def check_images(x: Array, image_shape: tuple[int, int, int]) -> None:
+    """Refuse what is no batch of the model's images.
+
+    Raises:
+        InputTypeError: x is not floating point. (Integer images are a scale of 0..255 or a cast gone wrong.)
+        InputError: x has another shape than the model's images.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputTypeError(f"images: dtype {x.dtype}; expected float in [0, 1]")
+    if x.ndim != 4 or x.shape[1:] != image_shape:
+        raise InputError(f"images: shape {x.shape}; expected (n, *{image_shape})")
+
+
+class LabelEmbedding(nnx.Module):
+    """Multi-hot labels to a vector, with a *trained* null row for 'no label given'.
+
+    An unconditional model (``classes = 0``) has the null row only. With classes, training replaces the label of a
+    fraction of the examples by the null (label dropout), so that guidance at sampling meets a row it was taught.
+    """
+
+    def __init__(self, classes: int, width: int, *, rngs: nnx.Rngs):
+        self.classes = classes
+        normal = jax.nn.initializers.normal(1.0)
+        self.null = nnx.Param(normal(rngs.params(), (width,), jnp.float32))
+        if classes:
+            self.table = nnx.Param(normal(rngs.params(), (classes, width), jnp.float32))
+
+    def __call__(
+        self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
+    ) -> Float[Array, "n c"]:
+        """Embed labels; ``None`` gives ``n`` null rows. Where ``keep`` is 0, the null replaces the label.
+
+        Raises:
+            InputError: labels of another number of classes than the model has.
+        """
+        null = self.null[...][None, :]
+        if labels is None or not self.classes:
+            return jnp.repeat(null, n if labels is None else labels.shape[0], axis=0)
+        if labels.ndim != 2 or labels.shape[1] != self.classes:
+            raise InputError(f"labels: shape {labels.shape}; expected (n, {self.classes}), multi-hot")
+        embedded = labels.astype(jnp.float32) @ self.table[...]
+        if keep is None:
+            return embedded
+        return jnp.where(keep[:, None] > 0, embedded, null)

@@ -1,0 +1,249 @@
+"""The Medical VDM: a schedule, an encoder, a decoder, a score network and a label embedding, composed.
+
+The networks live beside it, the mathematics in :mod:`medvdm.theory.bound`. Training code does not use the object but
+the pair of :func:`split` and :func:`merge`: a static description and a plain nested dict of arrays, which ordinary
+``jax.jit`` and ``jax.grad`` take.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from medvdm.errors import InputError, nearest
+from medvdm.models import blocks, likelihoods
+from medvdm.models.autoencoder import Decoder, Encoder
+from medvdm.models.linear_start import Basis, LinearDecoder, LinearEncoder, LinearScore
+from medvdm.models.scorenet import ScoreNet
+from medvdm.theory import bound, gaussian, schedules
+
+Params = dict[str, Any]
+ARCHITECTURES = ("residual", "linear-start")
+BASIS = "basis"  #: the part of the parameters that is measured from the training images and not trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class VDMConfig:
+    """The settings of the model. The defaults are the paper's (see `paper-literal` for its text taken literally)."""
+
+    image_shape: tuple[int, int, int] = (256, 256, 1)
+    """Height, width, channels; `fit` takes it from the data."""
+    classes: int = 0
+    """Number of classes the model is conditioned on; 0 is unconditional."""
+    timesteps: int = 0
+    """T of the discrete-time bound; 0 is continuous time."""
+    gamma_min: float = -5.0
+    """gamma = -log SNR at t = 0. At -5 the printed diffusion loss and the printed rate fit together."""
+    gamma_max: float = 1.0
+    """gamma at t = 1."""
+    schedule: Literal["fixed-linear", "fixed-cosine", "learned-linear", "monotonic"] = "fixed-linear"
+    """How gamma runs from gamma_min to gamma_max."""
+    learn_ends: bool = False
+    """Whether the bound trains the ends of a monotonic schedule too, from gamma_min and gamma_max on."""
+    architecture: Literal["residual", "linear-start"] = "residual"
+    """The paper's residual MLPs, or networks that start as the linear-Gaussian VDM (see medvdm.models.linear_start)."""
+    latent: int = 64
+    """Dimensions of the latent."""
+    embedding_dim: int = 128
+    """Width of the time and label embeddings and of the ScoreNet."""
+    encoder_width: int = 256
+    """Width of the encoder's residual blocks."""
+    decoder_width: int = 512
+    """Width of the decoder's residual blocks."""
+    inner_width: int = 1024
+    """Width between the two dense layers of every residual block."""
+    encoder_layers: int = 6
+    """Residual blocks of the encoder."""
+    decoder_layers: int = 6
+    """Residual blocks of the decoder."""
+    score_layers: int = 10
+    """Residual blocks of the ScoreNet."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the arithmetic inside the networks; parameters and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        schedules.check_range(self.gamma_min, self.gamma_max)
+        positive = ("latent", "embedding_dim", "encoder_width", "decoder_width", "inner_width")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in ("classes", "timesteps", "encoder_layers", "decoder_layers", "score_layers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)}; expected 0 or more")
+        if self.embedding_dim % 2:
+            raise InputError(f"embedding_dim: {self.embedding_dim}; expected an even number (sines and cosines)")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise InputError(f"image_shape: {self.image_shape}; expected (height, width, channels)")
+        if self.dtype not in blocks.DTYPES:
+            raise InputError(f"dtype: '{self.dtype}'; {nearest(self.dtype, blocks.DTYPES)}")
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
+        if self.schedule not in schedules.NAMES:
+            raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.NAMES)}")
+        if self.learn_ends and self.schedule != "monotonic":
+            raise InputError(f"learn_ends: True with schedule '{self.schedule}'; expected schedule 'monotonic'")
+
+    @property
+    def dimensions(self) -> int:
+        """Number of pixels times channels, by which bits per image are divided to give bits per dimension."""
+        return math.prod(self.image_shape)
+
+
+class VDM(nnx.Module):
+    """The paper's model. ``VDM(config, rngs=nnx.Rngs(seed))``; every method is pure.
+
+    Raises:
+        InputError: from :class:`VDMConfig`, for settings that cannot be used.
+    """
+
+    def __init__(self, config: VDMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = blocks.DTYPES[config.dtype]
+        self.schedule = schedules.make(
+            config.schedule, config.gamma_min, config.gamma_max, learn_ends=config.learn_ends, rngs=rngs
+        )
+        sizes = {"inner_width": config.inner_width, "dtype": dtype, "rngs": rngs}
+        if config.architecture == "linear-start":
+            self.basis = Basis(config.dimensions, config.latent)
+            self.encoder = LinearEncoder(config.image_shape, self.basis)
+            self.decoder = LinearDecoder(
+                config.image_shape,
+                self.basis,
+                width=config.decoder_width,
+                layers=config.decoder_layers,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        else:
+            self.encoder = Encoder(
+                config.image_shape, config.latent, width=config.encoder_width, layers=config.encoder_layers, **sizes
+            )
+            self.decoder = Decoder(
+                config.image_shape, config.latent, width=config.decoder_width, layers=config.decoder_layers, **sizes
+            )
+        score = ScoreNet(config.latent, embedding_dim=config.embedding_dim, layers=config.score_layers, **sizes)
+        self.score = LinearScore(self.basis, score) if config.architecture == "linear-start" else score
+        self.labels = blocks.LabelEmbedding(config.classes, config.embedding_dim, rngs=rngs)
+
+    @property
+    def timesteps(self) -> int:
+        """T of the discrete-time bound; 0 is continuous time."""
+        return self.config.timesteps
+
+    def gamma(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        """gamma(t) = -log SNR, rising; t in [0, 1]."""
+        return self.schedule(t)
+
+    def encode(self, x: Float[Array, "n h w c"]) -> Float[Array, "n d"]:
+        """Images in [0, 1] to their encoding f. Raises for a wrong dtype or shape, see :class:`autoencoder.Encoder`."""
+        return self.encoder(x)
+
+    def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n h w c"]:
+        r"""The logits of each pixel's Bernoulli law, from :math:`z_0 / \alpha_0`."""
+        if self.config.architecture == "linear-start":
+            return self.decoder(z, self.gamma(jnp.zeros(())))
+        return self.decoder(z)
+
+    def embed(
+        self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
+    ) -> Float[Array, "n c"]:
+        """Embed multi-hot labels; None, or a 0 in ``keep``, gives the trained null."""
+        return self.labels(labels, keep, n=n)
+
+    def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
+        """What the score network needs to know besides z; m is n, or 1 where all examples share time and label."""
+        if self.config.architecture == "linear-start":
+            return self.score.condition(gamma, self.normalised(gamma), label)
+        return self.score.condition(self.normalised(gamma), label)
+
+    def eps_hat(self, z: Float[Array, "n d"], condition: Any) -> Float[Array, "n d"]:
+        """The predicted noise in z, given :meth:`condition`."""
+        return self.score(z, condition)
+
+    def normalised(self, gamma: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The network's time input: gamma mapped to about [0, 1] by *constants*.
+
+        Not by the learned ends, and not t itself: so the interior of a learned schedule can change without
+        changing what the network is told, and the bound stays the same.
+        """
+        return (gamma - self.config.gamma_min) / (self.config.gamma_max - self.config.gamma_min)
+
+    def x_hat(
+        self, z: Float[Array, "n d"], gamma: Float[Array, " m"], label: Float[Array, "m c"]
+    ) -> Float[Array, "n d"]:
+        """The same network read out as the clean encoding: (z - sigma eps_hat) / alpha."""
+        return gaussian.x_from_eps(self.eps_hat(z, self.condition(gamma, label)), z, gamma[:, None])
+
+    def observation_loss(self, x: Float[Array, "n h w c"], decoded: Float[Array, "n h w c"]) -> Float[Array, " n"]:
+        """-log p(x | z_0) in nats per image, from the decoder's logits."""
+        return likelihoods.bernoulli_nll(x, decoded)
+
+    # The paper's names for the three terms. Nats per image, one value per image.
+
+    def reconstruction_loss(
+        self, x: Float[Array, "n h w c"], f: Float[Array, "n d"], key: PRNGKeyArray
+    ) -> Float[Array, " n"]:
+        """See :func:`medvdm.theory.bound.reconstruction_loss`."""
+        return bound.reconstruction_loss(self, x, f, key)
+
+    def latent_loss(self, f: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """The prior loss under the paper's name; see :func:`medvdm.theory.bound.prior_loss`."""
+        return bound.prior_loss(self, f)
+
+    def diffusion_loss(
+        self, f: Float[Array, "n d"], label: Float[Array, "n c"], u: Float[Array, " n"], key: PRNGKeyArray
+    ) -> Float[Array, " n"]:
+        """See :func:`medvdm.theory.bound.diffusion_loss`."""
+        return bound.diffusion_loss(self, f, label, u, key)
+
+
+def split(model: VDM) -> tuple[nnx.GraphDef, Params]:
+    """A model as its static graph and a plain nested dict of arrays."""
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> VDM:
+    """The inverse of :func:`split`; works inside jit and grad.
+
+    Give a compiled function the parameters as an argument and merge inside, as the library does. A model that is
+    closed over becomes a constant of the program, and XLA on a CPU (jaxlib 0.10.2) can compute garbage from a constant
+    matrix of equal entries, such as a last layer that still is zero, where a batch has hundreds of rows.
+    """
+    return nnx.merge(graph, nnx.State(params))
+
+
+@functools.cache
+def graph_of(config: VDMConfig) -> nnx.GraphDef:
+    """The static graph of a config, without computing any weight."""
+    return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+
+def new_params(config: VDMConfig, seed: int) -> Params:
+    """Initial parameters; pure, to be traced by a caller's jit or eval_shape."""
+    return split(VDM(config, rngs=nnx.Rngs(seed)))[1]
+
+
+def init(config: VDMConfig, seed: int) -> Params:
+    """:func:`new_params`, compiled and computed."""
+    return jax.jit(lambda: new_params(config, seed))()
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """The parameters that are trained, and those that are measured from the training images (:data:`BASIS`)."""
+    return (
+        {name: part for name, part in params.items() if name != BASIS},
+        {name: part for name, part in params.items() if name == BASIS},
+    )
+
+
+def count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(p.size for p in jax.tree.leaves(params))

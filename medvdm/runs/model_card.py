@@ -1,0 +1,354 @@
+"""The model card of a run, made from the run's own record and from nothing else, so it cannot describe other data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
+from medvdm.runs.store import CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
+
+# --- The model card ----------------------------------------------------------------------------------------------
+
+
+def write_card(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write :func:`model_card` of ``record`` as UTF-8.
+
+    Raises:
+        MissingFileError: the folder of ``path`` is not there.
+        OSError: the file cannot be written; nothing of it is left.
+    """
+    text = model_card(record)
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """The model card of a run in Markdown, from the run's own record.
+
+    Args:
+        record: all keys are optional; what is not there is said not to be recorded.
+
+            * ``version``: of medvdm;
+            * ``config``: the settings, as :func:`medvdm.runs.config.to_json` gives them;
+            * ``data``: ``name``, ``origin``, ``split_rule``, ``counts`` (by split: ``images``, ``patients``),
+              ``class_names``, ``image_shape``, ``fingerprint``, ``notes``;
+            * ``environment``: versions and devices by name;
+            * ``training``: ``steps_done``, ``seconds``, ``last`` (terms of the last step);
+            * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one
+              column of the table.
+    """
+    data = _part(record, "data")
+    parts = [
+        _what(record, data),
+        _USE,
+        _data(data),
+        _training(record),
+        _results(record, data),
+        _limits(record, data),
+        _MARKS,
+        _cite(data),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return record.get(name) or {}
+
+
+def _inline(value: Any) -> str:
+    """Text from the record on one line, with what Markdown or HTML would act on escaped."""
+    text = " ".join(text_of(value).split())
+    return re.sub(r"[\\`*|<\[#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def _what(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    config, training = _part(record, "config"), _part(record, "training")
+    model = _part(config, "model")
+    name = _inline(data.get("name")) or "data that is not recorded"
+    facts = [f"A variational diffusion model of images, trained on **{name}**"]
+    if shape := data.get("image_shape") or model.get("image_shape"):
+        facts.append(f"for images of {_shape(shape)}")
+    text = " ".join(facts) + "."
+    text += (
+        " An encoder maps an image to a latent vector, Gaussian diffusion with a learned denoiser is the latent's"
+        " prior, and a decoder gives the mean of each pixel."
+    )
+    if "conditional" in config:
+        classes = ", ".join(map(_inline, data.get("class_names") or ())) or "not recorded"
+        conditional = f"conditional on the class ({classes})" if config["conditional"] else "unconditional"
+        text += f" The model is {conditional}."
+    lines = [f"- Made with: medvdm {_inline(record.get('version')) or '(version not recorded)'}"]
+    if preset := config.get("preset"):
+        lines.append(f"- Preset: {_inline(preset)}")
+    if training.get("steps_done") is not None:
+        planned = _part(config, "training").get("steps")
+        steps = f"{training['steps_done']:,}"
+        unfinished = planned is not None and training["steps_done"] < planned
+        lines.append(f"- Training steps: {steps}" + (f" of {planned:,}: **not finished**" if unfinished else ""))
+    return f"# Model card: medvdm on {name}\n\n> **Not for clinical use.** {_STATEMENT}\n\n{text}\n\n" + "\n".join(
+        lines
+    )
+
+
+_STATEMENT = "The images that this model draws are synthetic; none is a medical image of any person."
+
+
+_USE = """## Intended use
+
+For teaching and for research on generative models: to study the variational bound, its terms and its sampler.
+
+**Not for clinical use.** The model must not be used for diagnosis, triage, treatment, or any decision about a person.
+Its samples are no evidence of a finding and must not be passed on as medical images."""
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if not data:
+        return "## Data\n\nThe data are not recorded."
+    lines = [f"- Source: {_inline(data.get('name')) or 'not recorded'}"]
+    for title, key in {"What it is": "origin", "Split": "split_rule", "Fingerprint": "fingerprint"}.items():
+        if data.get(key):
+            lines.append(f"- {title}: {_inline(data[key])}")
+    if data.get("image_shape"):
+        lines.append(f"- Images: {_shape(data['image_shape'])}, values in [0, 1]")
+    if data.get("class_names"):
+        lines.append(f"- Classes: {', '.join(map(_inline, data['class_names']))}")
+    lines += [f"- Note: {_inline(note)}" for note in data.get("notes") or ()]
+    text = "## Data\n\n" + "\n".join(lines)
+    if counts := data.get("counts"):
+        rows = [
+            [_inline(split), *(_count((of or {}).get(k)) for k in ("images", "patients"))]
+            for split, of in counts.items()
+        ]
+        text += "\n\n" + _table(["split", "images", "patients"], rows)
+    return text
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    text = "## Settings and training"
+    config, training = _part(record, "config"), _part(record, "training")
+    rows = [[_inline(key), _inline(value)] for key, value in _part(record, "environment").items()]
+    if training.get("seconds") is not None:
+        rows.append(["training time", _duration(training["seconds"])])
+    if rows:
+        text += "\n\n" + _table(["computed with", ""], rows, left=2)
+    if last := training.get("last"):
+        terms = ", ".join(f"{_inline(_TERM_NAMES.get(k, k))} {_number(v, _bpd)}" for k, v in last.items())
+        text += (
+            "\n\nTerms of the last training step, one batch, in bits per dimension (not a held-out result): "
+            + terms
+            + "."
+        )
+    if config:
+        text += "\n\nAll settings (folders by their last name only):\n\n```json\n" + _settings(config) + "\n```"
+    else:
+        text += "\n\nThe settings are not recorded."
+    return text
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    shown = json.loads(json.dumps(config))
+    folder = (shown.get("data") or {}).get("data_dir")
+    if folder:  # a card is made to be passed on; where the images lay on one computer is nobody's business
+        shown["data"]["data_dir"] = PureWindowsPath(folder).name
+    return json.dumps(shown, indent=2)
+
+
+_TERM_NAMES = {
+    "reconstruction_bpd": "reconstruction",
+    "diffusion_bpd": "diffusion",
+    "latent_bpd": "latent (prior)",
+    "vlb_bpd": "total",
+    "loss_bpd": "training loss",
+}
+
+
+def _bpd(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+_ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("images", "num_images", "", lambda v: f"{v:,}"),
+    ("patients", "num_patients", "", lambda v: f"{v:,}"),
+    ("negative bound (total)", "vlb_bpd", "bits/dim", _bpd),
+    ("its standard error", "vlb_bpd_stderr", "bits/dim", _bpd),
+    ("reconstruction", "reconstruction_bpd", "bits/dim", _bpd),
+    ("diffusion", "diffusion_bpd", "bits/dim", _bpd),
+    ("latent (prior)", "latent_bpd", "bits/dim", _bpd),
+    ("floor of these images", "floor_bpd", "bits/dim", _bpd),
+    ("**excess over the floor**", "excess_bpd", "bits/dim", _bpd),
+    ("**rate**", "rate_bits_per_image", "bits/image", lambda v: f"{v:,.1f}"),
+    ("PSNR of the reconstruction", "psnr_db", "dB", lambda v: f"{v:.2f}"),
+    ("SSIM of the reconstruction", "ssim", "", lambda v: f"{v:.3f}"),
+    ("baseline: mean image", "mean_image_bpd", "bits/dim", _bpd),
+    ("baseline: PCA-64, no rate charged", "pca64_bpd", "bits/dim", _bpd),
+    ("baseline: linear-Gaussian VDM, total", "lingauss_bpd", "bits/dim", _bpd),
+)
+
+
+def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    evaluations = list(record.get("evaluations") or ())
+    if not evaluations:
+        return (
+            "## Results\n\nThis model has not been evaluated on held-out images (no evaluation is recorded),"
+            " so the card reports no result."
+        )
+    head = ["", "unit", *(_column(e, data) for e in evaluations)]
+    rows = []
+    for title, key, unit, show in _ROWS:
+        if any(key in e for e in evaluations):
+            rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
+    return f"## Results\n\n{_table(head, rows, left=2)}\n\n{_MEANING}"
+
+
+def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    words = [f"{_inline(evaluation.get('split') or 'split not recorded')}"]
+    if (name := evaluation.get("data")) and (name != data.get("name") or evaluation.get("own_data") is False):
+        words.append(f"of other data: {_inline(name)}")
+    if weights := evaluation.get("weights"):
+        words.append({"ema": "averaged weights", "raw": "raw weights"}.get(weights, f"weights: {_inline(weights)}"))
+    labels = evaluation.get("labels")
+    if labels not in (None, "none"):
+        words.append({"true": "labels given", "null": "labels withheld"}.get(labels, f"labels: {_inline(labels)}"))
+    if (step := evaluation.get("step")) is not None:
+        words.append(f"step {step:,}" if isinstance(step, int) else f"step {_inline(step)}")
+    return ", ".join(words)
+
+
+_MEANING = """### What the numbers mean
+
+- *bits/dim* is bits per pixel and channel; smaller is better, except for PSNR and SSIM.
+- The *negative bound* is reconstruction + diffusion + latent. Its standard error is over images, with those of one
+  patient counted as one cluster.
+- The reconstruction is a Bernoulli cross-entropy with gray targets. It cannot be zero: its *floor* is the mean binary
+  entropy of the pixels themselves. Only the *excess over the floor* (negative bound - floor) depends on the model.
+  The floor differs from one set of images to another: compare the excess, on the same images, never the total.
+- The *rate* (diffusion + latent) is what the model pays for its latent, in bits for a whole image. Divided by the
+  number of pixels it looks tiny; it is not.
+- A Bernoulli 'likelihood' of gray values is not a normalised density. These numbers are **not comparable** with the
+  bits/dim of models of 8-bit images.
+- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number here measures whether
+  samples are anatomically right, or whether they repeat training images.
+- A dash means: not computed."""
+
+
+def _limits(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """What limits the use of the model; anything about the data follows from the record of the data."""
+    lines = []
+    name, origin = text_of(data.get("name")), text_of(data.get("origin"))
+    if name == "phantom":
+        lines.append(
+            "The training images are drawn by a procedure: no patient, no scanner and no disease is behind them."
+            " Nothing about real images follows from its results."
+        )
+    if name == "nih":
+        lines.append(
+            "The labels of the data were text-mined from radiology reports, not read from the images: some are wrong,"
+            " and a sample drawn for a label shows what correlates with the label (such as the view), not the disease."
+        )
+    if name == "chestmnist":
+        lines.append("The labels of the data were text-mined from radiology reports, not read from the images.")
+    if "MedMNIST" in origin:
+        lines.append(
+            "The patients are unknown: each image counts as a patient of its own. If a patient has several images,"
+            " they may be on both sides of the split, and the standard error is too small."
+        )
+    if name == "folder" or "given by the caller" in origin:
+        lines.append(
+            "The images, labels and patients are as the user gave them; medvdm has not checked what they show,"
+            " nor the right to use them."
+        )
+    if not data:
+        lines.append("The training data are not recorded, so nothing can be said about whom the model represents.")
+    lines += [
+        "A model repeats the biases of its training images: it represents those images and no other population,"
+        " device or hospital.",
+        "Samples can show shapes that no body has, and can resemble training images; no test for memorised images"
+        " is part of this card.",
+        "The pixels are independent given the latent, so images are smooth and small structures are lost.",
+        "No reader study and no clinical validation has been done.",
+    ]
+    if not record.get("evaluations"):
+        lines.insert(0, "The model has not been evaluated: its quality is unknown.")
+    elif not any(e.get("split") in ("val", "test") for e in record["evaluations"]):
+        lines.insert(0, "No evaluation is on held-out images only: the results above say little about new images.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+_MARKS = f"""## Marks on its samples
+
+Every file of samples that medvdm writes says that it is synthetic, and from which run it comes:
+
+- `.npz`: `synthetic` is true; `statement` and `provenance` (JSON: run, version, seed, ...) say the rest;
+- `.png`: text chunks (`Comment`, `{PROVENANCE_CHUNK}`) and the IPTC digital source type `trainedAlgorithmicMedia`.
+
+The statement is: "{SYNTHETIC}" Keep the marks when the files are passed on; converting a file can remove them."""
+
+
+def _cite(data: Mapping[str, Any]) -> str:
+    text = """## How to cite
+
+The software: medvdm, with the version above. The methods:
+
+- Rguibi et al., "Improving Medical Imaging with Medical Variation Diffusion Model: An Analysis and Evaluation",
+  J. Imaging 2023, 9(9), 171, <https://doi.org/10.3390/jimaging9090171>.
+- Kingma, Salimans, Poole and Ho, "Variational Diffusion Models", 2021, <https://arxiv.org/abs/2107.00630>.
+
+Neither says anything about this model's data or results, which are those above."""
+    if data.get("origin"):
+        text += f" Name the data, too: {_inline(data['origin'])}."
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; all columns but the first ``left`` are numbers, aligned to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def _number(value: Any, show: Callable[[float], str]) -> str:
+    """A number as ``show`` writes it; a dash for None and NaN, other values as they are."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return show(value) if isinstance(value, int | float) else _inline(value)
+
+
+def _count(value: Any) -> str:
+    return _number(value, lambda v: f"{v:,}")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    if len(shape) != 3:
+        return _inline(shape)
+    kind = {1: "gray", 3: "RGB"}.get(shape[2], f"{shape[2]} channels")
+    return f"{shape[0]} x {shape[1]} pixels ({kind})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def renew_card(path: Path) -> None:
+    """(Re)write the model card from the run's files."""
+    record, _ = read_record(path)
+    steps = read_lines(path / METRICS)
+    last = steps[-1] if steps else None
+    results = [read_json(p) for p in sorted((path / RESULTS).glob("*.json"))]
+    write_card(
+        path / CARD,
+        {
+            **record,
+            "training": {
+                "steps_done": last["step"] if last else 0,
+                "seconds": last["seconds"] if last else 0.0,
+                "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
+            },
+            "evaluations": results,
+        },
+    )

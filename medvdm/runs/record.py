@@ -1,0 +1,40 @@
+"""What a run writes down about its data and about the machine that computed it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from medvdm.data import ImageData
+from medvdm.training.devices import describe
+
+
+def version() -> str:
+    """The installed version of medvdm."""
+    return importlib.metadata.version("medvdm")
+
+
+def environment() -> dict[str, str]:
+    """What the run was computed with."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": describe(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def data_record(data: ImageData) -> dict[str, Any]:
+    """What the model card and a resumed run need to know of the data."""
+    return {
+        "name": data.name,
+        "origin": data.origin,
+        "split_rule": data.split_rule,
+        "counts": data.counts(),
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
+        "fingerprint": data.fingerprint(),
+        "notes": list(data.notes),
+    }

@@ -1,0 +1,94 @@
+"""Which devices a run uses, and how arrays are laid out on them: parameters everywhere, batches split.
+
+The same jitted step runs on one device, on several of one process, and on several processes; only the placement of
+its arguments differs. Noise does not depend on the placement, so the numbers agree up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from medvdm.errors import InputError
+
+
+def start_processes(coordinator: str | None, num_processes: int, process_id: int) -> None:
+    """Join a run of several processes; nothing to do for one.
+
+    Args:
+        coordinator: HOST:PORT of process 0; None for a single process, 'auto' where the cluster tells (Slurm, ...).
+        num_processes, process_id: how many there are, and which one this is.
+    """
+    if coordinator is None:
+        return
+    if coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if not 0 <= process_id < num_processes:
+        raise InputError(f"process_id: {process_id}; expected 0 to {num_processes - 1}")
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+class Layout:
+    """The placement of a run's arrays for one batch size.
+
+    A single process uses as many of its devices as divide the batch; several processes must use all of theirs.
+
+    Raises:
+        InputError: several processes, and the batch does not divide by the number of their devices.
+    """
+
+    def __init__(self, batch_size: int):
+        devices = jax.devices()
+        if jax.process_count() == 1:
+            devices = devices[: math.gcd(batch_size, len(devices))]
+        elif batch_size % len(devices):
+            raise InputError(f"batch_size: {batch_size}; expected a multiple of {len(devices)}, the number of devices")
+        self.mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.split = NamedSharding(self.mesh, PartitionSpec("data"))
+        self.count = len(devices)
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that this process reads."""
+        mine = batch_size // jax.process_count()
+        return slice(jax.process_index() * mine, (jax.process_index() + 1) * mine)
+
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """This process's rows as its part of one global array. They must not be written to afterwards."""
+        if self.count == 1:
+            return jax.device_put(rows, self.split, may_alias=True)
+        return jax.make_array_from_process_local_data(self.split, rows)
+
+
+def describe() -> str:
+    """The devices in words, as for a record: '8 x cpu', '1 x NVIDIA H100'."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+# IMPORTS
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes the record, the metrics and the progress bar."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def local(tree: Any) -> Any:
+    """A replicated tree as arrays on this process's first device."""
+    return jax.tree.map(lambda a: a.addressable_data(0), tree)

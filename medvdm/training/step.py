@@ -1,0 +1,313 @@
+r"""The optimiser, the training state and one training step. The loop around it is in :mod:`medvdm.runs.fit`.
+
+The learning rate is the product of a linear warm-up and a cosine decay,
+
+.. math::
+    \eta(k) = \eta_{peak} \cdot \min(k / W, 1) \cdot
+        \left[ a + (1 - a) \tfrac12 \left(1 + \cos \frac{\pi k}{K}\right) \right]
+
+with W = 250 warm-up steps, K the number of steps of the run and a = 1e-5 (paper, section 2). It multiplies the
+*update*, after Adam. Scaling the gradient before Adam, as the text can be read, is undone by Adam's normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from medvdm.errors import InputError, nearest
+from medvdm.models import vdm
+from medvdm.theory import bound
+from medvdm.training import augmentation, schedule_variance
+
+OBJECTIVES = ("bound", "variance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of training. The defaults are the paper's."""
+
+    steps: int = 20_000
+    """Optimiser steps; also the length of the cosine."""
+    batch_size: int = 1
+    """Images per step, over all devices and processes."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, the times and the noise."""
+    learning_rate: float = 8e-4
+    """Peak learning rate."""
+    warmup_steps: int = 250
+    """Steps of linear warm-up from 0."""
+    final_fraction: float = 1e-5
+    """The cosine ends at this fraction of the peak."""
+    b1: float = 0.9
+    """AdamW's decay of the first moment."""
+    b2: float = 0.99
+    """AdamW's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 0.0
+    """Clip the global norm of the gradient (of bits per dimension) to this; 0 is off."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights; 0 is off."""
+    label_dropout: float = 0.1
+    """Fraction of labels replaced by the null during training (conditional models only)."""
+    gradient_difference_weight: float = 0.0
+    """Weight of the paper's image-gradient-difference term, in nats per unit of squared gray difference."""
+    augment_shift: float = 0.0
+    """Standard deviation of random shifts of the training images, as a fraction of their side; 0 is off."""
+    augment_size: float = 0.0
+    """Standard deviation of the log of a random change of size; 0 is off."""
+    augment_exposure: float = 0.0
+    """Standard deviation of the log of a random exponent on gray values; 0 is off."""
+    basis_copies: int = 0
+    """Augmented copies of each training image that the components of a 'linear-start' model are measured on."""
+    stratified_times: bool = True
+    """Spread the times of a batch evenly (the paper's antithetic sampling) instead of drawing each on its own."""
+    schedule_objective: Literal["bound", "variance"] = "bound"
+    """What trains the interior of a monotonic schedule. The ends, if learned, are always trained by the bound."""
+    schedule_rate: float = 1.0
+    """Learning rate of a learned schedule, as a multiple of the networks'."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name}: {value}; expected a finite number")
+            if not isinstance(value, str) and value < 0:
+                raise InputError(f"{field.name}: {value}; expected 0 or more")
+        if self.seed >= 2**31:
+            raise InputError(f"seed: {self.seed}; expected less than {2**31}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in ("b1", "b2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected less than 1")
+        for name in ("label_dropout", "final_fraction"):
+            if getattr(self, name) > 1:
+                raise InputError(f"{name}: {getattr(self, name)}; expected a fraction from 0 to 1")
+        if self.schedule_objective not in OBJECTIVES:
+            raise InputError(
+                f"schedule_objective: '{self.schedule_objective}'; {nearest(self.schedule_objective, OBJECTIVES)}"
+            )
+
+
+def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
+    """Raise InputError where the schedule's objective does not fit the model."""
+    if config.schedule_objective == "variance" and (model.schedule != "monotonic" or model.timesteps):
+        raise InputError(
+            f"schedule_objective: 'variance' with schedule '{model.schedule}' and timesteps {model.timesteps}; "
+            "expected schedule 'monotonic' in continuous time (timesteps 0)"
+        )
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training. ``ema`` is None when the average is off."""
+
+    step: Int[Array, ""]
+    params: vdm.Params
+    opt_state: optax.OptState
+    ema: vdm.Params | None
+
+
+class Metrics(NamedTuple):
+    """What a step reports: means over the batch, in bits per dimension, before the update."""
+
+    reconstruction_bpd: Float[Array, ""]
+    diffusion_bpd: Float[Array, ""]
+    latent_bpd: Float[Array, ""]
+    vlb_bpd: Float[Array, ""]
+    loss: Float[Array, ""]
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """The learning rate as a function of the step, see the module's head."""
+    cosine = optax.cosine_decay_schedule(1.0, config.steps, config.final_fraction)
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else lambda k: 1.0
+    return lambda k: config.learning_rate * warmup(k) * cosine(k)
+
+
+def optimiser(config: TrainConfig, *, learned_schedule: bool = False) -> optax.GradientTransformation:
+    """AdamW with the learning rate after it, and clipping before it when asked for.
+
+    The parameters of a learned noise schedule are a group of their own. They have their own rate and no weight decay,
+    for 0 is no better a place for them than another; nor do they count in the clipped norm, which has another unit.
+    """
+
+    def networks(params: vdm.Params) -> dict[str, bool]:
+        return {name: name != "schedule" for name in params}
+
+    def schedule(params: vdm.Params) -> dict[str, bool]:
+        return {name: name == "schedule" for name in params}
+
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        mask=networks if learned_schedule else None,
+    )
+    if not learned_schedule:
+        return optax.chain(clip, adamw) if config.clip_norm else adamw
+    parts = [optax.masked(clip, networks)] if config.clip_norm else []
+    return optax.chain(*parts, adamw, optax.masked(optax.scale(config.schedule_rate), schedule))
+
+
+def _optimiser(model: vdm.VDMConfig, config: TrainConfig) -> optax.GradientTransformation:
+    return optimiser(config, learned_schedule=not model.schedule.startswith("fixed"))
+
+
+def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
+    """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
+    params = vdm.new_params(model, config.seed)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    trained, _ = vdm.partition(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config).init(trained), ema)
+
+
+def augmentations(config: TrainConfig) -> dict[str, float]:
+    """The settings of :func:`medvdm.training.augmentation.augment`."""
+    return {"shift": config.augment_shift, "size": config.augment_size, "exposure": config.augment_exposure}
+
+
+def terms_of(
+    model: vdm.VDM,
+    config: TrainConfig,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+    probe: bound.Probe | None = None,
+) -> bound.Bound:
+    """The terms of the training loss, one value per image, in nats; :func:`times_of` gives their times."""
+    key_bound, key_dropout = jax.random.split(key)
+    keep = None
+    if model.config.classes:
+        keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
+    return bound.terms(
+        model,
+        images,
+        labels,
+        key=key_bound,
+        keep=keep,
+        stratified=config.stratified_times,
+        with_gradient_difference=config.gradient_difference_weight > 0,
+        probe=probe,
+    )
+
+
+def times_of(config: TrainConfig, n: int, key: jax.Array) -> Float[Array, " n"]:
+    """The times of :func:`terms_of` with the same key."""
+    return bound.bound_times(jax.random.split(key)[0], n, stratified=config.stratified_times)
+
+
+def mean_loss(
+    terms: bound.Bound, config: TrainConfig, image_shape: tuple[int, int, int]
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean of the terms over the batch: the training loss in bits per dimension, and what a step reports."""
+    mean = bound.Bound(*(bound.bits_per_dim(jnp.mean(term), image_shape) for term in terms))
+    loss = mean.total + config.gradient_difference_weight * mean.gradient_difference
+    return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
+
+
+def loss_fn(
+    model: vdm.VDM,
+    config: TrainConfig,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The training loss in bits per dimension, and its terms."""
+    return mean_loss(terms_of(model, config, images, labels, key), config, model.config.image_shape)
+
+
+def gradient(
+    graph: nnx.GraphDef,
+    config: TrainConfig,
+    params: vdm.Params,
+    images: Float[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+) -> tuple[vdm.Params, Metrics]:
+    """What the optimiser gets, from one backward pass, and what a step reports; for the trained ``params`` only.
+
+    It is the gradient of :func:`loss_fn`, but with the objective 'variance' the interior of the schedule gets that of
+    the spread of the diffusion loss (:mod:`medvdm.training.schedule_variance`) instead.
+    """
+    n = images.shape[0]
+    trained, measured = vdm.partition(params)
+
+    def of(
+        trained: vdm.Params, probe: bound.Probe | None
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " n"]]]:
+        model = vdm.merge(graph, trained | measured)
+        terms = terms_of(model, config, images, labels, key, probe)
+        loss, metrics = mean_loss(terms, config, model.config.image_shape)
+        return loss, (metrics, terms.diffusion)
+
+    if config.schedule_objective == "bound":
+        grads, (metrics, _) = jax.grad(of, has_aux=True)(trained, None)
+        return grads, metrics
+    (grads, of_mean), (metrics, losses) = jax.grad(of, argnums=(0, 1), has_aux=True)(
+        trained, bound.Probe(jnp.zeros(n), jnp.zeros(n))
+    )
+    # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to that image's nats.
+    by = jax.tree.map(lambda g: n * bound.nats_per_image(g, images.shape[1:]), of_mean)
+    interior = schedule_variance.gradient(
+        lambda schedule: vdm.merge(graph, {**params, "schedule": schedule}).gamma,
+        params["schedule"],
+        times_of(config, n, key),
+        losses,
+        by,
+        stratified=config.stratified_times,
+    )
+    ends = {name: grads["schedule"][name] for name in grads["schedule"] if name == "ends"}
+    return {**grads, "schedule": {**interior, **ends}}, metrics
+
+
+StepFn = Callable[[TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]]
+
+
+def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
+    """Build the training step: pure, to be jitted once with the state donated.
+
+    The key of a step is a function of the seed and the step's number, so a resumed run draws the same noise as one
+    that was never interrupted.
+    """
+    check(model, config)
+    graph = vdm.graph_of(model)
+    optimise = _optimiser(model, config)
+
+    def step(
+        state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat. It splits it
+        # in two, and fold_in of 0 or 1 would be these two again.
+        images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
+        trained, measured = vdm.partition(state.params)
+        grads, metrics = gradient(graph, config, state.params, images, labels, key)
+        updates, opt_state = optimise.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates) | measured
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay) | measured
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return step
+
+
+def jit_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
+    """:func:`make_step`, compiled, the old state's memory reused for the new."""
+    return jax.jit(make_step(model, config), donate_argnums=0)

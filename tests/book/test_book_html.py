@@ -1,0 +1,164 @@
+"""The book as a reader meets it: built without a warning, checked, and opened in a real browser without a network."""
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "book" / "_tools"))
+
+import check_html  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("html")]  # one worker builds once
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+THEME_NOISE = ("Got invalid theme mode", "THEBE_JS_URL", "favicon.ico")  # of the theme, not ours
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory) -> Path:
+    """The book, built in a new folder, so that nothing old can help."""
+    out = tmp_path_factory.mktemp("book")
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(ROOT), "-W", "-n", "--keep-going"]
+    env = os.environ | {"PYTHONWARNINGS": "default"}
+    done = subprocess.run([*command, "--path-output", str(out)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, "\n".join(
+        line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "ERROR" in line
+    )
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def site(html):
+    """The address of the pages on a loopback server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(html)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, site):
+    """A page that may speak to the loopback server only, and that remembers what went wrong."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.wrong = []
+    page.route(
+        "**/*",
+        lambda route: (
+            route.continue_()
+            if route.request.url.startswith((site, "data:", "blob:"))
+            else (page.wrong.append(f"asked for {route.request.url}"), route.abort())
+        ),
+    )
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    yield page
+    context.close()
+
+
+def settle(page):
+    """Wait until the mathematics is set."""
+    page.wait_for_function("!window.MathJax || (window.MathJax.startup && window.MathJax.startup.promise)")
+    page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 0)")
+
+
+def complaints(page):
+    return [text for text in page.wrong if not any(noise in text for noise in THEME_NOISE)]
+
+
+def test_links_pictures_and_hosts(html):
+    assert check_html.problems(html) == []
+
+
+def test_the_checker_finds_what_it_is_for(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<article id="top"><a href="b.html">b</a><a href="#nowhere">c</a><img src="p.png"><p>{cite}`x`</p></article>'
+        '<script src="https://cdn.example/x.js"></script>',
+        "utf8",
+    )
+    (tmp_path / "p.png").write_bytes(bytes(check_html.MAX_BYTES))
+    found = " ".join(check_html.problems(tmp_path))
+    for word in (
+        "dead link b.html",
+        "no anchor #nowhere",
+        "without alt text",
+        "fetches https://cdn",
+        "source text",
+        "bytes",
+    ):
+        assert word in found
+
+
+def test_every_page_follows_the_last_and_shows_its_mathematics(html, site, page):
+    """From the first page by 'next' to the last: no error, no raw TeX, nothing wider than a phone."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{site}/book/index.html")
+    seen = []
+    while True:
+        settle(page)
+        seen.append(page.url.removeprefix(f"{site}/"))
+        assert complaints(page) == [], seen[-1]
+        bad = page.evaluate("[...document.querySelectorAll('mjx-merror')].map(e => e.textContent)")
+        assert bad == [], seen[-1]
+        raw = page.evaluate(
+            "[...document.querySelectorAll('article .math')].filter(e => !e.querySelector('mjx-container'))"
+            ".map(e => e.textContent.trim().slice(0, 60))"
+        )
+        assert raw == [], seen[-1]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, seen[-1]
+        following = page.query_selector("a.right-next")
+        if following is None:
+            break
+        page.goto(following.evaluate("e => e.href"))
+    pages = {str(p.relative_to(html)) for p in (html / "book").glob("*.html")}
+    assert set(seen) == pages and len(seen) == len(pages)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_keep_a_white_ground_and_text_its_contrast(site, browser, theme):
+    context = browser.new_context(color_scheme=theme, viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(f"{site}/book/forward.html")
+    settle(page)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = page.evaluate("getComputedStyle(document.querySelector('article p')).color")
+    luminance = [sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) / 765 for c in (ground, ink)]
+    assert abs(luminance[0] - luminance[1]) > 0.5
+    assert (luminance[0] < 0.5) == (theme == "dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    context.close()
+
+
+def test_a_search_for_snr_finds_the_chapter_on_schedules(site, page):
+    page.goto(f"{site}/search.html?q=SNR")
+    page.wait_for_selector("#search-results li a", timeout=20_000)
+    page.wait_for_timeout(1000)
+    links = page.eval_on_selector_all("#search-results li a", "e => e.map(a => a.getAttribute('href'))")
+    assert any("schedules.html" in link for link in links[:5]), links[:10]
+    assert complaints(page) == []

@@ -1,0 +1,440 @@
+"""The command line: the spellings that the README promises, what goes where, and the exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from helpers import STEPS, Trained, refused, said, tree
+
+import medvdm
+from medvdm import errors
+from medvdm.cli.main import main
+from medvdm.data import DataConfig
+from medvdm.models.vdm import VDMConfig
+from medvdm.runs import config as config_
+from medvdm.runs import fit
+from medvdm.runs.config import KeepConfig, RunConfig
+from medvdm.runs.presets import PRESETS, preset
+from medvdm.runs.store import read_record
+from medvdm.training.step import TrainConfig
+
+CONTRACT_KEYS = {
+    "evaluate": "num_images reconstruction_bpd diffusion_bpd latent_bpd vlb_bpd vlb_bpd_stderr floor_bpd excess_bpd "
+    "rate_bits_per_image pca64_bpd mean_image_bpd lingauss_bpd".split(),
+    "metrics": "step seconds steps_per_second reconstruction_bpd diffusion_bpd latent_bpd vlb_bpd".split(),
+}
+FROM_DATA = {"image_shape", "classes"}  # settings of the model that no option sets
+
+
+# The whole job in processes of their own
+
+
+def test_train_prints_the_result_and_writes_the_run(trained: Trained) -> None:
+    assert trained.process.returncode == 0, trained.process.stderr
+    lines = trained.process.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [f"step {STEPS}"] * 2
+    assert lines[-1] == f"run: {trained.path}"
+    expected = {"config.json", "baselines.npz", "metrics.jsonl", "evaluations.jsonl", "MODEL_CARD.md", "checkpoints"}
+    assert {p.name for p in trained.path.iterdir()} == expected
+
+
+def test_progress_goes_to_stderr_only(trained: Trained) -> None:
+    """With the rate, the three terms and the time left."""
+    process = trained.process
+    assert f"{STEPS}/{STEPS}" in process.stderr
+    last = process.stderr.replace("\r", "\n").split("\n")[-2]
+    assert re.search(
+        r"\[\d\d:\d\d<\d\d:\d\d, .*(s/step|step/s), recon=[\d.e-]+, diff=[\d.e-]+, latent=[\d.e-]+\]", last
+    )
+    assert "Warning" not in process.stderr
+    assert "recon=" not in process.stdout and "%" not in process.stdout
+
+
+def test_train_without_data_uses_the_phantom(trained: Trained) -> None:
+    assert "--data" not in trained.process.args
+    record = json.loads((trained.path / "config.json").read_text())
+    assert record["config"]["data"]["data"] == record["data"]["name"] == "phantom"
+
+
+def test_metrics_hold_each_step_once_with_the_promised_keys(trained: Trained) -> None:
+    lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert set(CONTRACT_KEYS["metrics"]) <= set(line)
+        assert line["steps_per_second"] > 0
+        terms = line["reconstruction_bpd"] + line["diffusion_bpd"] + line["latent_bpd"]
+        assert line["vlb_bpd"] == pytest.approx(terms, rel=1e-5)
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_the_contract_end_to_end(trained: Trained, run: Path, tmp_path: Path) -> None:
+    """Refuse a second training, resume, evaluate, sample: every command in a process of its own."""
+    before = tree(run)
+
+    again = ["train", "--data", "phantom", "--preset", "demo", "--seed", "0", "--out", run, *tiny.options()]
+    second = tiny.medvdm_command(*again)
+    assert second.returncode == 2 and "--resume" in second.stderr and str(run) in second.stderr
+    assert second.stdout == "" and len(second.stderr.splitlines()) == 1
+    assert tree(run) == before
+
+    resumed = tiny.medvdm_command(*again, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == trained.process.stdout.replace(str(trained.path), str(run))
+    after = tree(run)
+    assert {p for p in after if after[p] != before.get(p)} <= {"MODEL_CARD.md"} and set(before) == set(after)
+
+    evaluated = tiny.medvdm_command("evaluate", run, "--data", "phantom", "--split", "test", "--ema", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stderr == ""
+    assert evaluated.stdout.count("\n") == 1
+    result = json.loads(evaluated.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert set(CONTRACT_KEYS["evaluate"]) <= set(result)
+    assert result["weights"] == "ema"
+
+    file = tmp_path / "samples.npz"
+    options = ["--num", "5", "--steps", "3", "--label", "Pneumonia", "--guidance", "1.5", "--seed", "4"]
+    sampled = tiny.medvdm_command("sample", run, *options, "--out", file)
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stderr == "" and str(file) in sampled.stdout
+    with np.load(file) as archive:
+        assert archive["images"].shape == (5, 16, 16, 1) and archive["images"].dtype == np.float32
+        assert archive["images"].min() >= 0 and archive["images"].max() <= 1
+        assert list(archive["class_names"][archive["labels"]]) == ["Pneumonia"] * 5
+        provenance = json.loads(str(archive["provenance"]))
+    wanted = {"run": run.name, "version": medvdm.__version__, "seed": 4, "steps": 3, "guidance": 1.5, "weights": "raw"}
+    assert {name: provenance[name] for name in wanted} == wanted
+
+
+# Options
+
+
+def test_every_setting_has_an_option_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for kind in (DataConfig, VDMConfig, TrainConfig, KeepConfig):
+        for field in dataclasses.fields(kind):
+            shown = re.search(rf"--{field.name.replace('_', '-')}(?![\w-])", text) is not None
+            assert shown == (field.name not in FROM_DATA), field.name
+    for name in ("preset", "out", "resume", "conditional"):
+        assert re.search(rf"--{name}(?![\w-])", text), name
+
+
+#: For every setting, a value that no preset has.
+OTHER_VALUES: dict[str, Any] = {
+    "data": "folder",
+    "data_dir": "somewhere",
+    "image_size": 48,
+    "fit": "crop",
+    "num_images": 77,
+    "data_seed": 5,
+    "patient_pattern": "(p[0-9]+)",
+    "timesteps": 11,
+    "gamma_min": -7.5,
+    "gamma_max": 6.5,
+    "schedule": "monotonic",
+    "architecture": "linear-start",
+    "latent": 3,
+    "embedding_dim": 6,
+    "encoder_width": 7,
+    "decoder_width": 9,
+    "inner_width": 13,
+    "encoder_layers": 3,
+    "decoder_layers": 5,
+    "score_layers": 8,
+    "dtype": "bfloat16",
+    "steps": 17,
+    "batch_size": 3,
+    "seed": 21,
+    "learning_rate": 0.0123,
+    "warmup_steps": 19,
+    "final_fraction": 0.25,
+    "b1": 0.81,
+    "b2": 0.82,
+    "adam_eps": 1e-7,
+    "weight_decay": 0.031,
+    "clip_norm": 3.5,
+    "ema_decay": 0.77,
+    "label_dropout": 0.33,
+    "gradient_difference_weight": 0.125,
+    "augment_shift": 0.04,
+    "augment_size": 0.06,
+    "augment_exposure": 0.07,
+    "basis_copies": 2,
+    "schedule_rate": 3.0,
+    "evaluate_every": 4,
+    "checkpoint_every": 6,
+    "keep_checkpoints": 9,
+}
+
+
+class Caught(Exception):
+    """Stops a command where training would start."""
+
+
+def caught_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that ``train`` would train with, and the other arguments of ``fit``."""
+    seen: list[Any] = []
+
+    def stop(config: RunConfig, out: str, **rest: Any) -> None:
+        seen.append((config, {"out": out, **rest}))
+        raise Caught
+
+    monkeypatch.setattr(fit, "fit", stop)
+    with pytest.raises(Caught):
+        main(["train", *arguments])
+    return seen[0]
+
+
+def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (DataConfig, VDMConfig, TrainConfig, KeepConfig)
+    every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
+    assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective"}
+    options = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    config, rest = caught_config(
+        monkeypatch,
+        "--preset",
+        "paper",
+        *options,
+        "--no-stratified-times",
+        "--learn-ends",
+        "--conditional",
+        "--out",
+        "there",
+    )
+    found = config_.flat(config)
+    assert {name: found[name] for name in OTHER_VALUES} == OTHER_VALUES
+    assert (
+        found["stratified_times"] is False
+        and found["learn_ends"] is True
+        and found["conditional"] is True
+        and found["preset"] == "paper"
+    )
+    assert rest == {"out": "there", "resume": False, "progress": True}
+
+
+def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--schedule", "monotonic", "--schedule-objective", "variance", "--out", "x")
+    assert caught_config(monkeypatch, *words)[0].training.schedule_objective == "variance"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_train_takes_a_preset_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = caught_config(monkeypatch, "--preset", name, "--out", "x")
+    assert config == preset(name)
+
+
+def test_train_without_a_preset_takes_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, rest = caught_config(monkeypatch, "--out=x", "--no-progress", "--seed=3")
+    assert config == preset("demo", seed=3)
+    assert rest["progress"] is False
+
+
+def test_resume_keeps_what_is_not_said_again(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, rest = caught_config(monkeypatch, "--out", str(trained.path), "--resume", "--checkpoint-every", "5")
+    assert rest["resume"] is True
+    old = config_.flat(read_record(trained.path)[1])
+    new = config_.flat(config)
+    assert {name for name in new if new[name] != old[name]} - FROM_DATA == {"checkpoint_every"}
+
+
+# What is printed, and the exit codes
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"medvdm {medvdm.__version__}\n", "")
+
+
+def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        assert main(argv) == code
+        out, err = capsys.readouterr()
+        assert all(command in out for command in ("train", "evaluate", "sample", "audit", "benchmark")) and not err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "benchmark"])
+def test_each_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert f"medvdm {command}" in out and not err
+
+
+@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("eval", "evaluate"), ("Sample", "sample")])
+def test_an_unknown_command_suggests_the_nearest(word: str, meant: str, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(capfd, word, names=[f"'{word}'", f"did you mean '{meant}'?"])
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [
+        (errors.InputError("wrong"), 2),
+        (errors.RunError("wrong"), 2),
+        (errors.DivergedError("wrong"), 1),
+        (errors.StoppedError("wrong", signal.SIGTERM), 143),
+        (errors.StoppedError("wrong", signal.SIGINT), 130),
+        (OSError(errno.ENOSPC, "wrong", "/some/file"), 2),
+        (PermissionError(errno.EACCES, "wrong", "/some/file"), 2),
+    ],
+)
+def test_exit_codes(
+    problem: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(fit, "fit", fail)
+    assert main(["train", "--out", "x"]) == code
+    out, err = capfd.readouterr()
+    assert err.startswith("medvdm: ") and len(err.splitlines()) == 1 and "wrong" in err and not out
+    if isinstance(problem, OSError) and problem.filename:
+        assert "/some/file" in err
+
+
+def test_ctrl_c_before_training_is_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "fit", interrupt)
+    assert main(["train", "--out", "x"]) == 130
+    assert capfd.readouterr().err == "medvdm: interrupted\n"
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("a bug"), OSError(errno.EIO, "input/output error")])
+def test_a_bug_is_not_hidden(problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(fit, "fit", fail)
+    with pytest.raises(type(problem)):
+        main(["train", "--out", "x"])
+
+
+def test_an_error_of_several_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.DataError("a file\n  with a\tname\nof lines")
+
+    monkeypatch.setattr(fit, "fit", fail)
+    assert main(["train", "--out", "x"]) == 2
+    assert capfd.readouterr().err == "medvdm: a file with a name of lines\n"
+
+
+# Evaluate
+
+
+def test_evaluate_for_people_shows_what_the_json_holds(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(said(capfd, "evaluate", run, "--split", "val", "--draws", "2", "--json")[0])
+    text, err = said(capfd, "evaluate", run, "--split", "val", "--draws", "2")
+    assert err == ""
+    for key in ("reconstruction_bpd", "vlb_bpd", "vlb_bpd_stderr", "floor_bpd", "excess_bpd", "mean_image_bpd"):
+        assert f"{result[key]:.4f}" in text, key
+    assert f"{result['rate_bits_per_image']:.1f} bits/image" in text
+    assert "raw weights" in text and "true labels" in text and "split 'val'" in text
+    assert result["pca64_bpd"] is None and "not fitted" in text
+    assert "no labels (null)" in said(capfd, "evaluate", run, "--split", "val", "--draws", "2", "--null")[0]
+
+
+def test_evaluate_options_reach_the_result(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def evaluate(*options: str) -> dict[str, Any]:
+        out = said(capfd, "evaluate", run, "--split", "val", "--draws", "2", "--json", *options)[0]
+        return json.loads(out)
+
+    raw, ema, null, other = evaluate(), evaluate("--ema"), evaluate("--null"), evaluate("--seed", "1")
+    assert (raw["weights"], raw["labels"], raw["draws"]) == ("raw", "true", 2)
+    assert (ema["weights"], ema["labels"]) == ("ema", "true") and ema["vlb_bpd"] != raw["vlb_bpd"]
+    assert (null["weights"], null["labels"]) == ("raw", "null") and null["diffusion_bpd"] != raw["diffusion_bpd"]
+    assert other["diffusion_bpd"] != raw["diffusion_bpd"] and other["floor_bpd"] == raw["floor_bpd"]
+    assert len(list((run / "results").glob("*.json"))) == 3, "each kind of evaluation has a file of its own"
+    every = evaluate("--split", "all")
+    counts = json.loads((run / "config.json").read_text())["data"]["counts"]
+    assert raw["num_images"] == counts["val"]["images"]
+    assert every["num_images"] == sum(side["images"] for side in counts.values()) == 60
+
+
+# Sample
+
+
+def draw(capfd: pytest.CaptureFixture[str], run: Path, folder: Path, *options: str | Path) -> dict[str, np.ndarray]:
+    file = folder / "drawn.npz"
+    said(capfd, "sample", run, "--steps", "4", "--out", file, *options)
+    with np.load(file, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def test_sample_seed_label_guidance_and_ema(
+    trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def images(*options: str) -> np.ndarray:
+        return draw(capfd, trained.path, tmp_path, *options)["images"]
+
+    three = images("--num", "3", "--seed", "7")
+    np.testing.assert_array_equal(images("--num", "3", "--seed", "7"), three)
+    assert not np.allclose(images("--num", "3", "--seed", "8"), three, atol=1e-4)
+    assert not np.allclose(three[0], three[1], atol=1e-4)
+    assert not np.array_equal(images("--num", "3", "--seed", "7", "--ema"), three)
+
+    sick = images("--num", "3", "--seed", "7", "--label", "Pneumonia")
+    well = images("--num", "3", "--seed", "7", "--label", "No Finding")
+    assert not np.array_equal(sick, three) and not np.array_equal(sick, well)
+    np.testing.assert_array_equal(images("--num", "3", "--seed", "7", "--label", "Pneumonia", "--guidance", "0"), sick)
+    guided = images("--num", "3", "--seed", "7", "--label", "Pneumonia", "--guidance", "5")
+    assert np.abs(guided - three).mean() > np.abs(sick - three).mean(), "guidance moves away from the null"
+
+
+def test_sample_labels(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = json.loads((trained.path / "config.json").read_text())["data"]["class_names"]
+    assert draw(capfd, trained.path, tmp_path, "--num", "2")["labels"].tolist() == [-1, -1]
+    for index, name in enumerate(names):
+        drawn = draw(capfd, trained.path, tmp_path, "--num", "2", "--label", name)
+        assert drawn["labels"].tolist() == [index, index] and list(drawn["class_names"]) == names
+    refused(
+        capfd,
+        *("sample", trained.path, "--num", "1", "--out", tmp_path / "no.npz", "--label", "pneumonai"),
+        names=["label", "'pneumonai'", "did you mean 'Pneumonia'?"],
+    )
+    assert not (tmp_path / "no.npz").exists()
+
+
+def test_sample_png_is_a_marked_grid(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    file = tmp_path / "grid.PNG"
+    out, err = said(capfd, "sample", trained.path, "--num", "4", "--steps", "4", "--seed", "2", "--out", file)
+    assert str(file) in out and "synthetic" in out and err == ""
+    images = draw(capfd, trained.path, tmp_path, "--num", "4", "--seed", "2")["images"]
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture)
+        assert "ynthetic" in picture.text["Comment"] and trained.path.name in picture.text["Source"]
+    np.testing.assert_array_equal(pixels[:16, :16], np.rint(images[0, ..., 0] * 255))
+    np.testing.assert_array_equal(pixels[-16:, -16:], np.rint(images[3, ..., 0] * 255))
+
+
+# Benchmark
+
+
+@pytest.mark.slow
+def test_benchmark_json(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "demo", "--image-size", "16", "--batch-size", "4", "--repeats", "3", "--json"]
+    with jax.numpy_rank_promotion("allow"):  # conftest.py forbids it; the plain step is as plain as people write it
+        out, err = said(capfd, "benchmark", *options)
+    assert err == "" and out.count("\n") == 1
+    result = json.loads(out)
+    assert result["preset"] == "demo" and result["image_shape"] == [16, 16, 1] and result["batch_size"] == 4
+    for name in ("ratio", "loop_over_step", "step_ms", "plain_step_ms", "peak_memory_gib"):
+        assert result[name] > 0, name
+    assert result["first_loss_bpd"] == pytest.approx(result["plain_first_loss_bpd"], rel=1e-4)

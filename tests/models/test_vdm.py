@@ -1,0 +1,108 @@
+"""The composed model: its size, its consistency, what it tells the network, and its pure-function form."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medvdm.errors import InputError
+from medvdm.models import vdm
+from medvdm.theory import bound as bound_
+from medvdm.theory import gaussian
+
+Z = jax.random.normal(jax.random.key(0), (5, 4))
+GAMMA = jnp.linspace(-4.5, 0.5, 5)
+
+
+def test_the_papers_model_has_65_7_million_parameters():
+    shapes = jax.eval_shape(lambda: vdm.init(vdm.VDMConfig(), 0))  # nothing is allocated
+    assert vdm.count(shapes) == pytest.approx(65.7e6, abs=0.05e6)
+    assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_x_hat_and_eps_hat_are_one_prediction(small):
+    config, graph, params = small
+    model = vdm.merge(graph, params)
+    label = model.embed(None, n=5)
+    eps_hat = model.eps_hat(Z, model.condition(GAMMA, label))
+    x_hat = model.x_hat(Z, GAMMA, label)
+    assert np.max(np.abs(eps_hat - Z)) > 0.1
+    np.testing.assert_allclose(gaussian.diffuse(x_hat, eps_hat, GAMMA[:, None]), Z, atol=1e-5)
+
+
+def test_network_is_told_gamma_and_not_t(small):
+    config, _, params = small
+    bent = dataclasses.replace(config, schedule="monotonic")
+    model = vdm.merge(small[1], params)
+    other = vdm.VDM(bent, rngs=vdm.nnx.Rngs(0))
+    for name in ("score", "labels"):
+        setattr(other, name, getattr(model, name))
+    other.schedule.w2[...] = other.schedule.w2[...] + 2.0
+    other.schedule.w3[...] = other.schedule.w3[...] + 3.0
+    t = jnp.full((5,), 0.5)
+    assert np.abs(other.gamma(t) - model.gamma(t))[0] > 0.05  # the interior differs
+    label = model.embed(None, n=5)
+    np.testing.assert_array_equal(
+        model.eps_hat(Z, model.condition(GAMMA, label)), other.eps_hat(Z, other.condition(GAMMA, label))
+    )
+    np.testing.assert_allclose(model.normalised(jnp.asarray([-5.0, -2.0, 1.0])), [0.0, 0.5, 1.0], atol=1e-6)
+
+
+def test_time_input_does_not_follow_learned_ends(small):
+    learned = vdm.VDM(dataclasses.replace(small[0], schedule="learned-linear"), rngs=vdm.nnx.Rngs(0))
+    learned.schedule.gamma_0[...] = jnp.float32(-9.0)
+    np.testing.assert_allclose(learned.normalised(jnp.asarray([-5.0, 1.0])), [0.0, 1.0], atol=1e-6)
+
+
+def test_split_and_merge_are_inverse_and_graph_of_computes_the_same_graph(small):
+    config, graph, params = small
+    assert vdm.graph_of(config) == graph
+    again_graph, again = vdm.split(vdm.merge(graph, params))
+    assert again_graph == graph
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert vdm.count(params) == sum(np.size(p) for p in jax.tree.leaves(params))
+
+
+def test_the_three_terms_under_the_papers_names_are_the_bounds(small):
+    config, graph, params = small
+    model = vdm.merge(graph, params)
+    x = jnp.asarray(np.random.default_rng(0).random((5, *config.image_shape), np.float32))
+    key = jax.random.key(3)
+    key_z0, key_times, key_zt = jax.random.split(key, 3)
+    f = model.encode(x)
+    label = model.embed(None, n=5)
+    bound = bound_.terms(model, x, key=key)
+    np.testing.assert_allclose(model.reconstruction_loss(x, f, key_z0), bound.reconstruction, rtol=1e-5)
+    np.testing.assert_allclose(model.latent_loss(f), bound.prior, rtol=1e-5)
+    u = bound_.sample_times(key_times, 5)
+    np.testing.assert_allclose(model.diffusion_loss(f, label, u, key_zt), bound.diffusion, rtol=1e-5)
+    np.testing.assert_array_equal(bound.gradient_difference, 0.0)
+    with_term = bound_.terms(model, x, key=key, with_gradient_difference=True)
+    decoded = jax.nn.sigmoid(bound_.decode_z0(model, f, key_z0))
+    np.testing.assert_allclose(with_term.gradient_difference, bound_.gradient_difference(x, decoded), rtol=1e-5)
+    np.testing.assert_allclose(with_term.total, bound.total, rtol=1e-6)  # no part of the bound
+
+
+def test_model_is_a_diffusion(small):
+    assert isinstance(vdm.merge(*small[1:]), bound_.Diffusion)
+    assert small[0].dimensions == 24
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"gamma_min": 2.0}, "gamma_min"),
+        ({"latent": 0}, "latent: 0"),
+        ({"timesteps": -1}, "timesteps: -1"),
+        ({"embedding_dim": 7}, "even"),
+        ({"image_shape": (8, 8)}, "image_shape"),
+        ({"image_shape": (0, 8, 1)}, "image_shape"),
+        ({"dtype": "float64"}, "dtype: 'float64'"),
+        ({"schedule": "cosine"}, "schedule: 'cosine'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(unchecked, wrong, says):
+    with pytest.raises(InputError, match=says):
+        vdm.VDMConfig(**wrong)
