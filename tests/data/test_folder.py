@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_data_convert import write_dicom
+from test_convert import write_dicom
 
 from medvdm.data import folder, split_of_patient
 from medvdm.errors import DataError, InputError, MissingFileError, MissingPackageError

@@ -20,7 +20,7 @@ import tiny
 import medvdm
 from medvdm import errors
 from medvdm.runs import fit
-from medvdm.runs.fit import runs, shutil
+
 from medvdm.runs.run import load
 from medvdm.runs.store import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, read_json, read_lines
 from medvdm.training import step as step_
@@ -240,7 +240,7 @@ def test_a_failure_before_training_leaves_nothing_behind(tmp_path: Path, monkeyp
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_json", full)
+    monkeypatch.setattr(fit, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         medvdm.fit(tiny.config(), tmp_path / "a" / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -250,7 +250,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda _: usage(10, 9, 1))
     with pytest.raises(errors.RunError, match="MB free; expected"):
         medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
     assert list(tmp_path.iterdir()) == []
