@@ -20,7 +20,6 @@ import tiny
 import medvdm
 from medvdm import errors
 from medvdm.runs import fit
-
 from medvdm.runs.run import load
 from medvdm.runs.store import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, read_json, read_lines
 from medvdm.training import step as step_
