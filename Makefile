@@ -1,7 +1,9 @@
-# `make help` says what there is. Settings: PYTHON (3.11 or newer), VENV (where the environment goes), NAMES (chapters).
+# `make help` says what there is. Settings: PYTHON (3.11 or newer), VENV (where the environment goes), NAMES (chapters),
+# FRESH (anything: run also what has passed on this very tree).
 PYTHON ?= python3
 VENV   ?= .venv
 NAMES  ?=
+export FRESH ?=
 
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -11,16 +13,24 @@ HTML := _build/html
 # A cell that takes longer than this on two cores fails; chapters run two at a time.
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=book/_tools/nbval.cfg --nbval-cell-timeout=300
 
-# Chapters that train the same model share what was compiled for it.
-CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+# Two tests at a time, those of one file in one process, so what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Chapters share what was compiled for the same model. They see neither real images nor the long form.
+CACHE    := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+CHAPTERS := env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(CACHE)
+# The book from its stored outputs, in an empty folder: a second build does not repeat the warnings of the first.
+PAGES := rm -rf _build && $(BIN)/jupyter-book build . -W -n --keep-going -q && $(BIN)/python book/_tools/check_html.py $(HTML)
+# Skips what has passed on this very tree, and says so.
+ONCE := $(BIN)/python .ci/once.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint book notebooks clean
+.PHONY: help setup demo test test-all lint book notebooks clean
 
 help:
 	@echo "make demo       set up $(VENV), then train, evaluate and sample on the embedded phantom (no download of data)"
-	@echo "make test       set up $(VENV), then check the style, run all tests and all chapters, and check the built book"
+	@echo "make test       set up $(VENV), then check the style, the library, the built book, and the chapters that have changed"
+	@echo "make test-all   make test, then what is slow: processes, kills, recorded runs, a browser, and all other chapters"
 	@echo "make book       set up $(VENV), then build the book's pages and check them"
 	@echo "make notebooks  execute the chapters anew and store their outputs; some of them with NAMES='forward bound'"
 	@echo "make setup      set up $(VENV) only, with what the tests and the book need"
@@ -65,21 +75,27 @@ lint: $(VENV)/.stamp-dev
 	    { echo "error: these files are not formatted:" >&2; $(BIN)/ruff format --check . >&2; exit 1; }
 
 test: lint
-	@echo "1/2 Testing the library and the built book, two tests at a time"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=medvdm --cov-fail-under=95
-	@echo "2/2 Running all chapters and comparing their outputs, two at a time"
-	@env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(CACHE) $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) book
+	@echo "1/3 Testing the library"
+	@$(ONCE) library --needs .coverage -- $(PYTEST) -m "not slow" --cov=medvdm --cov-fail-under=90
+	@echo "2/3 Building the book and checking its links"
+	@$(ONCE) book --needs $(HTML)/index.html -- sh -c '$(PAGES)'
+	@echo "3/3 Running the chapters that are older than the library, and the quickest"
+	@$(ONCE) chapters -- $(CHAPTERS) $(PYTEST) $(NBVAL) $$($(BIN)/python book/_tools/notebooks.py due)
+
+test-all: test
+	@echo "1/2 Testing what is slow: processes, kills, recorded runs, a browser"
+	@MEDVDM_HTML=$(CURDIR)/$(HTML) $(PYTEST) -m slow --cov=medvdm --cov-append --cov-fail-under=95
+	@echo "2/2 Running all other chapters"
+	@others=$$($(BIN)/python book/_tools/notebooks.py others) && [ -z "$$others" ] || $(CHAPTERS) $(PYTEST) $(NBVAL) $$others
 
 book: $(VENV)/.stamp-dev
-	@rm -rf _build
 	@echo "Building the book from its stored outputs"
-	@$(BIN)/jupyter-book build . -W -n --keep-going -q
-	@$(BIN)/python book/_tools/check_html.py $(HTML)
+	@$(PAGES)
 	@echo "The book: $(HTML)/index.html"
 
 notebooks: $(VENV)/.stamp-dev
-	@echo "Executing chapters (all of them take minutes)"
-	@$(BIN)/python book/_tools/notebooks.py run $(NAMES)
+	@echo "Executing chapters, two at a time (all of them take minutes)"
+	@$(CACHE) $(BIN)/python book/_tools/notebooks.py run $(NAMES)
 
 clean:
 	@rm -rf $(VENV) $(DEMO) build dist htmlcov _build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,8 @@
     python book/_tools/notebooks.py run [NAME ...]   execute chapters and write their notebooks, with outputs
     python book/_tools/notebooks.py prose [NAME ...] take over changes of the prose, where no code has changed
     python book/_tools/notebooks.py check            prove that every stored output belongs to its cells and library
+    python book/_tools/notebooks.py due              the notebooks that `make test` runs: not proven fresh, or quick
+    python book/_tools/notebooks.py others           the notebooks that only `make test-all` runs
 
 A stored output is fresh if three things are as they were when it was made: the code of the cells, the modules of
 ``medvdm`` that the chapter loaded, and the recorded results that it read. Comments and docstrings of the library do
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 import tokenize
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ BOOK = ROOT / "book"
 TEXT = BOOK / "text"
 RECORDS = re.compile(r"results/[\w.-]+")
 
+QUICK = ("cost", "floor", "index")  # these take seconds, and `make test` runs them always
+AT_A_TIME = 2
 CELL_SECONDS = 900  # generous: nbval holds the limit in `make test`
 KEPT_METADATA = ("tags", "mystnb")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -251,6 +256,23 @@ def _small_png(encoded: str) -> str:
 
 def problems(name: str) -> list[str]:
     """What is wrong with a chapter's stored notebook; nothing if it is fresh and fit to be read."""
+    return malformed(name) or outdated(name)
+
+
+def outdated(name: str) -> list[str]:
+    """The modules of the library and the records that have changed since the stored outputs were made."""
+    notebook = BOOK / f"{name}.ipynb"
+    nb = nbformat.read(notebook, 4)
+    stored = nb.metadata.get("medvdm", {})
+    library, records = stored.get("library", {}), stored.get("records", {})
+    changed = [m for m, now in library_hashes(list(library)).items() if now != library[m]]
+    changed += [r for r, now in record_hashes(nb).items() if now != records.get(r)]
+    redo = f"run: make notebooks NAMES={name}"
+    return [f"{notebook.name}: outputs are older than {', '.join(changed)}; {redo}"] if changed else []
+
+
+def malformed(name: str) -> list[str]:
+    """What is wrong with a chapter's stored notebook, whether or not the library has changed since."""
     notebook, text = BOOK / f"{name}.ipynb", TEXT / f"{name}.md"
     if not text.exists():
         return [f"{notebook.name}: has no source {text.relative_to(ROOT)}"]
@@ -265,11 +287,6 @@ def problems(name: str) -> list[str]:
     stored = nb.metadata.get("medvdm", {})
     if stored.get("code") != code_hash(nb):
         bad.append(f"outputs belong to other cells; {redo}")
-    library = stored.get("library", {})
-    changed = [m for m, now in library_hashes(list(library)).items() if now != library[m]]
-    changed += [r for r, now in record_hashes(nb).items() if now != stored.get("records", {}).get(r)]
-    if changed:
-        bad.append(f"outputs are older than {', '.join(changed)}; {redo}")
     executed = 0
     for cell in nb.cells:
         if cell.cell_type == "code":
@@ -312,6 +329,34 @@ def chapters() -> list[str]:
     return sorted({p.stem for p in TEXT.glob("*.md")} | {p.stem for p in BOOK.glob("*.ipynb")})
 
 
+def due() -> list[str]:
+    """The chapters whose stored outputs are not proven fresh, and the quick ones."""
+    return [name for name in chapters() if name in QUICK or problems(name)]
+
+
+def attempt(name: str) -> tuple[float, str]:
+    """Execute a chapter: its seconds, and what failed."""
+    try:
+        return run(TEXT / f"{name}.md"), ""
+    except (CellExecutionError, CellTimeoutError) as problem:
+        return 0.0, str(problem)
+
+
+def run_all(names: list[str]) -> int:
+    """Execute chapters, two at a time, and print the seconds of each."""
+    start, total = time.perf_counter(), 0.0
+    with ProcessPoolExecutor(AT_A_TIME) as pool:
+        for name, (seconds, failed) in zip(names, pool.map(attempt, names), strict=True):
+            if failed:
+                print(f"{name}: failed\n{failed}", file=sys.stderr)
+                pool.shutdown(cancel_futures=True)
+                return 1
+            total += seconds
+            print(f"{name}: {seconds:.0f} s", flush=True)
+    print(f"{len(names)} chapters: {total:.0f} s, {time.perf_counter() - start:.0f} s at {AT_A_TIME} at a time")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] in (["run"], ["prose"]):
         os.environ.pop("MEDVDM_DATA_DIR", None)  # a stored output never holds an image of a data set
@@ -320,14 +365,12 @@ def main(arguments: list[str]) -> int:
         if unknown:
             print(f"error: {', '.join(unknown)}: no such chapter; there are {', '.join(chapters())}", file=sys.stderr)
             return 2
+        if arguments[0] == "run":
+            return run_all(names)
         for name in names:
-            path = TEXT / f"{name}.md"
             try:
-                if arguments[0] == "run":
-                    print(f"{name}: {run(path):.0f} s", flush=True)
-                else:
-                    prose(path)
-            except (CellExecutionError, CellTimeoutError, ValueError) as problem:
+                prose(TEXT / f"{name}.md")
+            except ValueError as problem:
                 print(f"{name}: failed\n{problem}", file=sys.stderr)
                 return 1
         return 0
@@ -335,6 +378,10 @@ def main(arguments: list[str]) -> int:
         bad = [problem for name in chapters() for problem in problems(name)]
         print("\n".join(bad) or f"{len(chapters())} chapters are fresh")
         return int(bool(bad))
+    if arguments in (["due"], ["others"]):
+        chosen = set(due()) if arguments == ["due"] else set(chapters()) - set(due())
+        print(*(f"book/{name}.ipynb" for name in sorted(chosen) if (BOOK / f"{name}.ipynb").exists()))
+        return 0
     print(__doc__, file=sys.stderr)
     return 2
 
