@@ -275,6 +275,7 @@ def test_an_unreadable_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_truncated_image_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Once with everything a user sees, warnings of libraries included."""
     folder = tmp_path / "data"
@@ -527,6 +528,7 @@ def test_a_truncated_checkpoint_on_the_command_line(run: Path, capfd: pytest.Cap
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [blank, Path.unlink])
 def test_a_damaged_checkpoint_in_a_process_of_its_own(
     damage: Callable[[Path], None], run: Path, tmp_path: Path

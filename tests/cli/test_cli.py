@@ -77,6 +77,7 @@ def test_metrics_hold_each_step_once_with_the_promised_keys(trained: Trained) ->
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(lines, lines[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_the_contract_end_to_end(trained: Trained, run: Path, tmp_path: Path) -> None:
     """Refuse a second training, resume, evaluate, sample: every command in a process of its own."""
     before = tree(run)

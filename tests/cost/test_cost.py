@@ -212,8 +212,9 @@ DEVICES = """
 import json
 import jax, numpy as np, tiny
 from jax.flatten_util import ravel_pytree
-from medvdm import training, vdm
-from medvdm.devices import Layout
+from medvdm.models import vdm
+from medvdm.training import step
+from medvdm.training.devices import Layout
 
 config = tiny.config(image_shape=(16, 16, 1), classes=2)
 model, recipe, rng, graph = config.model, config.training, np.random.default_rng(0), vdm.graph_of(config.model)
@@ -222,7 +223,7 @@ flat, back = ravel_pytree(vdm.init(model, 0))
 moved = back(flat + 0.1 * jax.random.normal(jax.random.key(2), flat.shape))
 
 def loss(params, x, y):
-    return training.loss_fn(vdm.merge(graph, params), recipe, x, y, jax.random.key(1))[0]
+    return step.loss_fn(vdm.merge(graph, params), recipe, x, y, jax.random.key(1))[0]
 
 found = []
 for n in (1, 8):
@@ -236,6 +237,7 @@ print(json.dumps([[n, value / one[1] - 1, apart(grad)] for n, value, grad in fou
 """
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices() -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -78,6 +78,7 @@ def test_another_seed_gives_other_losses(whole: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "other")[1] != losses(whole)[1]
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_is_exact_also_on_another_number_of_devices(tmp_path: Path) -> None:
     """Killed again and again at whatever point, a run ends with the losses of one that never was."""
     many = tiny.options(steps=400, checkpoint_every=20)
@@ -99,6 +100,7 @@ def test_resume_after_kill_9_is_exact_also_on_another_number_of_devices(tmp_path
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_and_the_run_continues_on_fewer_devices(tmp_path: Path) -> None:
     many = tiny.options(steps=300, checkpoint_every=20)
     out = tmp_path / "run"
@@ -123,6 +125,7 @@ def test_sigterm_saves_and_exits_and_the_run_continues_on_fewer_devices(tmp_path
     np.testing.assert_allclose([after[k] for k in after], [one[k] for k in after], rtol=0, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_eight_fake_devices_equal_one(whole: Path, tmp_path: Path) -> None:
     done = tiny.medvdm_command("train", "--out", tmp_path / "run", *tiny.options(), devices=8)
     assert done.returncode == 0, done.stderr
@@ -133,6 +136,7 @@ def test_eight_fake_devices_equal_one(whole: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_on_loopback_equal_one(whole: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
