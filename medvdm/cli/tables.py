@@ -90,9 +90,8 @@ def audit_table(r: dict[str, Any]) -> str:
     of = "" if r["label"] is None else f", label '{r['label']}', guidance {r['guidance']:g}"
     return "\n".join(
         [
-            f"{r['run']} at step {r['step']}, {r['weights']} weights: "
-            f"{r['samples']['num_images']} samples, T = {r['steps_sampled']}{of}",
-            f"held against the {r['num_held_out']} images of the split '{r['split']}'",
+            f"{r['run']} at step {r['step']}, {r['weights']} weights: samples with T = {r['steps_sampled']}{of}",
+            f"each set: {r['num_images']} images; held against as many of the split '{r['split']}'",
             f"  {'':<34}" + "".join(f"{head:>14}" for head in columns.values()),
             line("likeness of pairs (MS-SSIM)", "ms_ssim"),
             line("power, coarse scales (real: 1)", "power_low"),

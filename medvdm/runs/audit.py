@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,10 +12,14 @@ from medvdm import data as data_
 from medvdm.data import ImageData
 from medvdm.errors import DataError, InputError
 from medvdm.evaluation import held_out as held_out_
-from medvdm.evaluation.audit import Space, audit_set
+from medvdm.evaluation.audit import LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
 from medvdm.runs.run import Run, changed, load_data
-from medvdm.runs.sample import sample
+from medvdm.runs.sample import check_seed, sample
 from medvdm.runs.store import AUDITS, write_json
+from medvdm.training.devices import first_process, joined, own_parts
+
+LEAST = 10  #: images of a set; with fewer, none of the numbers means much
+PART = 2**24  #: values of the part of the training images that is in memory at a time: 64 MiB
 
 
 def audit(
@@ -29,46 +34,41 @@ def audit(
     seed: int = 0,
     save: bool = True,
 ) -> dict[str, Any]:
-    """Draw samples and audit them; the same audits of :func:`audit_sets` stand beside them.
+    """Draw samples and audit them; the same audits of the sets of :func:`audit_sets` stand beside them.
+
+    All sets have one number of images, ``num_images`` of the result: several of the audits depend on it.
 
     Args:
         run: from :func:`load`.
         data: the run's own data, where it has to be given again; loaded if None.
-        num: how many samples.
+        num: images of each set, at most: the held-out splits may have fewer.
         steps, label, guidance: as in :func:`sample`.
         split: the real images that all are held against, 'val' or 'test'. With a label, those that have it.
-        seed: of the samples, the pairs and the folds.
+        seed: of the samples, of which real images are drawn, of the pairs and the folds.
         save: also write the result into the run's folder, under ``audits/``.
 
     Returns:
         For each set, the result of :func:`medvdm.evaluation.audit.audit_set`, and what they were computed from.
 
     Raises:
-        InputError: fewer than 10 samples, another split, or as in :func:`sample`.
+        InputError: fewer than 10 samples, another split, fewer than four held-out patients, or as in :func:`sample`.
         RunError: data that the run was not trained on.
         DataError: the split has no image, or none with the label.
     """
     data = load_data(run) if data is None else data
     sets = audit_sets(run, data, num=num, steps=steps, label=label, guidance=guidance, split=split, seed=seed)
-    train = data.indices("train")
-    held_out, patients = sets.pop("held_out")
-    shared = {
-        "real": held_out,
-        "train": data.read(train),
-        "space": Space(run.baselines.mean, run.baselines.components, run.baselines.variances),
-        "real_groups": patients,
-        "train_groups": data.patients[train],
-        "seed": seed,
-    }
+    held_out = sets.pop("held_out")
+    space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
+    nearest = nearest_training(sets, data, space)
     result = {
         **run.provenance(seed=seed, steps_sampled=steps, label=label, guidance=guidance),
         "split": split,
-        "num_held_out": len(held_out),
-        **{name: audit_set(images, groups=groups, **shared) for name, (images, groups) in sets.items()},
+        "num_images": len(held_out.images),
+        **{name: compare_set(one, held_out, space, seed=seed) | nearest[name].summary() for name, one in sets.items()},
     }
-    if save:
+    if save and first_process():
         (run.path / AUDITS).mkdir(exist_ok=True)
-        name = f"{split}-{run.step}-{run.weights}-{num}x{steps}-seed{seed}"
+        name = f"{split}-{run.step}-{run.weights}-{len(held_out.images)}x{steps}-seed{seed}"
         name += "" if label is None else f"-{data_.index_of(label, run.class_names, 'label')}-w{guidance:g}"
         write_json(run.path / AUDITS / f"{name}.json", result)
     return result
@@ -84,21 +84,24 @@ def audit_sets(
     guidance: float = 0.0,
     split: str = "test",
     seed: int = 0,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The sets of images that an audit compares, each with the name of every image's patient.
+) -> dict[str, Set]:
+    """The sets of images that an audit compares, each with the name of every image's patient, all of one size.
 
     ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
     be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, images of the
-    other held-out split (missing where it has fewer than four patients); ``held_out``, the real images that all others
-    are held against. A drawn image is a patient of its own.
+    other held-out split (missing where it has fewer than four patients or ten images); ``held_out``, the real images
+    that all others are held against. A drawn image is a patient of its own.
+
+    The size is ``num``, or what the smaller of the two splits has. Real images are drawn at random.
 
     Raises:
         as :func:`audit`.
     """
-    if num < 10:
-        raise InputError(f"num: {num}; expected at least 10")
+    if num < LEAST:
+        raise InputError(f"num: {num}; expected at least {LEAST}")
     if split not in ("val", "test"):
         raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
+    check_seed(seed)
     if data.fingerprint() != run.record["data"]["fingerprint"]:
         raise changed(run)
     # Not training images: the components, which are a feature space of the audit, were fitted on those.
@@ -108,26 +111,67 @@ def audit_sets(
         held_out, other = (i[data.labels[i, index] > 0] for i in (held_out, other))
         if not len(held_out):
             raise DataError(f"{data.name}: no image of '{label}' in '{split}'; expected some")
-    drawn = sample(run, num, steps=steps, label=label, guidance=guidance, seed=seed).images
-    x, key = data.read(held_out), jax.random.key(seed)
-    size = min(len(x), 64)
-    rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
-    decoded = [
-        held_out_.reconstruct(run.params, x[part], jax.random.fold_in(key, i), graph=run.graph)
-        for i, part in enumerate(rows)
-    ]
-    linear = run.baselines.sample(num, seed)
+    if (patients := _patients(held_out, data)) < LEAST_PATIENTS:
+        raise InputError(f"split: '{split}' has images of {patients} patients; expected at least {LEAST_PATIENTS}")
+    # A column of few images costs all sets their size.
+    yardstick = len(other) >= LEAST and _patients(other, data) >= LEAST_PATIENTS
+    n = min(num, len(held_out), *([len(other)] if yardstick else []))
+    held_out = held_out[draw(len(held_out), n, seed)]
+    if yardstick:
+        other = other[draw(len(other), n, seed)]
+        yardstick = _patients(other, data) >= LEAST_PATIENTS
+    drawn = sample(run, n, steps=steps, label=label, guidance=guidance, seed=seed).images
+    x = data.read(held_out)
+    linear = run.baselines.sample(n, seed)
     sets = {
-        "samples": (drawn, _strangers("sample", num)),
-        "decoded": (np.concatenate(decoded)[: len(x)], data.patients[held_out]),
+        "samples": Set(drawn, _each_its_own("sample", n)),
+        "decoded": Set(_decoded(run, x, seed), data.patients[held_out]),
         "linear_gaussian": None
         if linear is None
-        else (linear.reshape(drawn.shape), _strangers("linear-gaussian sample", num)),
-        "real": (data.read(other), data.patients[other]) if len(set(data.patients[other])) >= 4 else None,
-        "held_out": (x, data.patients[held_out]),
+        else Set(linear.reshape(drawn.shape), _each_its_own("linear-Gaussian sample", n)),
+        "real": Set(data.read(other), data.patients[other]) if yardstick else None,
+        "held_out": Set(x, data.patients[held_out]),
     }
     return {name: given for name, given in sets.items() if given is not None}
 
 
-def _strangers(name: str, num: int) -> np.ndarray:
+def nearest_training(sets: dict[str, Set], data: ImageData, space: Space) -> dict[str, Distances]:
+    """Distances of each set to the training images of other patients.
+
+    The training images are read once, in parts of 64 MiB; of several processes, each reads its share.
+    """
+    train = data.indices("train")
+    size = max(1, PART // np.prod(data.image_shape))
+    count = -(-len(train) // size)
+
+    def parts() -> Iterator[Set]:
+        for number in own_parts(count):
+            rows = train[number * size : (number + 1) * size]
+            yield Set(data.read(rows), data.patients[rows])
+
+    mine = distances(sets, parts(), space)
+    every = joined([mine], jax.process_count())  # one result per process
+    return {
+        name: Distances(*(np.min([getattr(one[name], field) for one in every], axis=0) for field in Distances._fields))
+        for name in sets
+    }
+
+
+def _decoded(run: Run, x: np.ndarray, seed: int) -> np.ndarray:
+    """Images through encoder and decoder, 64 at a time."""
+    size = min(len(x), 64)
+    rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
+    decoded = [
+        held_out_.reconstruct(run.params, x[part], jax.random.fold_in(jax.random.key(seed), i), graph=run.graph)
+        for i, part in enumerate(rows)
+    ]
+    return np.concatenate(decoded)[: len(x)]
+
+
+def _patients(rows: np.ndarray, data: ImageData) -> int:
+    return len(set(data.patients[rows]))
+
+
+def _each_its_own(name: str, num: int) -> np.ndarray:
+    """Names of patients for images that have none: each is one of its own."""
     return np.array([f"{name} {i}" for i in range(num)])

@@ -72,8 +72,7 @@ def sample(
     Raises:
         InputError: a bad count or seed, an unknown label, or a label for an unconditional model.
     """
-    if not 0 <= seed < 2**31:
-        raise InputError(f"seed: {seed}; expected 0 to {2**31 - 1}")
+    check_seed(seed)
     labels, index = None, -1
     if label is not None:
         if not run.config.model.classes:
@@ -101,3 +100,9 @@ def sample(
         states=drawn.states,
         times=drawn.times,
     )
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless JAX and NumPy can both take the seed."""
+    if not 0 <= seed < 2**31:
+        raise InputError(f"seed: {seed}; expected 0 to {2**31 - 1}")

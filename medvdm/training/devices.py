@@ -7,13 +7,15 @@ its arguments differs. Noise does not depend on the placement, so the numbers ag
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medvdm.errors import InputError
+
+T = TypeVar("T")
 
 
 def start_processes(coordinator: str | None, num_processes: int, process_id: int) -> None:
@@ -40,13 +42,17 @@ class Layout:
 
     A single process uses as many of its devices as divide the batch; several processes must use all of theirs.
 
+    Args:
+        batch_size: rows of a batch.
+        local: lay a batch of this process alone on its own devices, whatever other processes do.
+
     Raises:
         InputError: several processes, and the batch does not divide by the number of their devices.
     """
 
-    def __init__(self, batch_size: int):
-        devices = jax.devices()
-        if jax.process_count() == 1:
+    def __init__(self, batch_size: int, *, local: bool = False):
+        devices = jax.local_devices() if local else jax.devices()
+        if local or jax.process_count() == 1:
             devices = devices[: math.gcd(batch_size, len(devices))]
         elif batch_size % len(devices):
             raise InputError(f"batch_size: {batch_size}; expected a multiple of {len(devices)}, the number of devices")
@@ -73,7 +79,7 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-# IMPORTS
+# --- Several processes ---------------------------------------------------------------------------------------------
 
 
 def first_process() -> bool:
@@ -92,3 +98,31 @@ def barrier(name: str) -> None:
 def local(tree: Any) -> Any:
     """A replicated tree as arrays on this process's first device."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
+
+
+def own_parts(count: int) -> list[int]:
+    """Which of ``count`` parts of a piece of work this process does: every P-th of P processes.
+
+    All processes do equally many, so that :func:`joined` can exchange them: where the parts do not go round, some do
+    the last one as well.
+    """
+    turns = -(-count // jax.process_count())
+    return [min(turn * jax.process_count() + jax.process_index(), count - 1) for turn in range(turns)]
+
+
+def joined(mine: list[T], count: int) -> list[T]:
+    """All ``count`` parts in order, on every process, given those of :func:`own_parts`.
+
+    A part is a tree of NumPy arrays, of the same shapes and types in all parts; they are passed on bit by bit.
+    """
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    tree = jax.tree.structure(mine[0])
+    leaves = [np.stack(one) for one in zip(*map(jax.tree.leaves, mine), strict=True)]
+    # As bytes: JAX would make float32 of float64.
+    every = multihost_utils.process_allgather([np.ascontiguousarray(leaf).view(np.uint8) for leaf in leaves])
+    every = [np.ascontiguousarray(a).view(leaf.dtype) for a, leaf in zip(every, leaves, strict=True)]
+    turn, process = zip(*(divmod(number, jax.process_count()) for number in range(count)), strict=True)
+    return [jax.tree.unflatten(tree, [leaf[p, t] for leaf in every]) for t, p in zip(turn, process, strict=True)]

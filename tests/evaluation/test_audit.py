@@ -20,10 +20,11 @@ from medvdm.cli.tables import audit_table
 from medvdm.data import phantom
 from medvdm.errors import InputError, RunError
 from medvdm.evaluation import baselines
-from medvdm.evaluation.audit import Space, audit_set, nearest, pca_features, spectrum_features
+from medvdm.evaluation.audit import Set, Space, audit_set, draw, nearest, pca_features, spectrum_features
 from medvdm.evaluation.components import exact_components
 from medvdm.evaluation.measures import bands, gray_distance, ms_ssim, num_scales, pair_similarity, power_spectrum
 from medvdm.evaluation.statistics import auc, clustered_stderr, logistic, two_sample
+from medvdm.runs import audit as audit_module
 from medvdm.runs.audit import audit, audit_sets
 from medvdm.runs.run import Run, load, load_data
 
@@ -186,7 +187,7 @@ def test_bands_cover_all_scales_but_the_first_once(num: int) -> None:
 
 def test_gray_distance_is_the_wasserstein_distance(phantoms: np.ndarray) -> None:
     a, b = phantoms[:20], np.clip(phantoms[20:50] ** 1.3, 0, 1)
-    assert gray_distance(a, b) == pytest.approx(wasserstein_distance(a.ravel(), b.ravel()), rel=1e-2)
+    assert gray_distance(a, b) == pytest.approx(wasserstein_distance(a.ravel(), b.ravel()), abs=2**-16)
     assert gray_distance(a, a + 0.25) == pytest.approx(0.25, abs=1e-5)
 
 
@@ -334,7 +335,8 @@ def test_nearest_of_another_patient(phantoms: np.ndarray) -> None:
 
 def test_an_audit_is_its_parts_with_the_patients_of_each_set() -> None:
     """Three sets of repeated visits that share some patients, against direct calls."""
-    (x, patients), (real, others), (more, new) = visits(0, 9, 3), visits(1, 13, 2), visits(2, 5, 2)
+    (x, patients), (real, others), (more, new) = visits(0, 9, 3), visits(1, 14, 2), visits(2, 5, 2)
+    real, others = real[:27], others[:27]
     real, others = 0.5 + 0.8 * (real - 0.5), others + 100
     train, known = np.concatenate([x[:18], more]), np.concatenate([patients[:18], new + 50])
     components = np.linalg.qr(np.random.default_rng(3).standard_normal((256, 70)))[0].T  # any directions, over 64
@@ -378,20 +380,72 @@ def other_splits(loaded: Run, **splits: str) -> tuple[Run, medvdm.data.ImageData
     return replace(loaded, record=record), data
 
 
+def rows_of(images: np.ndarray, all_images: np.ndarray) -> list[int]:
+    """Where each image is found among all."""
+    return [int(np.flatnonzero((all_images == image).all(axis=(1, 2, 3)))[0]) for image in images]
+
+
 def test_the_yardstick_is_the_other_held_out_split_where_it_has_enough_patients(trained: Trained) -> None:
+    """And all sets have the images of the smaller split, drawn at random, each with its own patient."""
     loaded = load(trained.path)
     data = load_data(loaded)
     spare = sorted(set(data.patients[data.indices("train")]))[:6]
     assert len(set(data.patients[data.indices("val")])) == 3
-    for number, split, other in ((0, "test", "val"), (1, "test", "val"), (1, "val", "test")):
-        changed, given = other_splits(loaded, **dict.fromkeys(spare[:number], "val"))
+    for number, split, other in ((1, "test", "val"), (2, "test", "val"), (2, "val", "test")):
+        moved = dict.fromkeys(spare[:number], "val") | dict.fromkeys(spare[5:], "test")
+        changed, given = other_splits(loaded, **moved)
+        n = 10 if number == 2 else given.counts()["test"]["images"]
         sets = audit_sets(changed, given, num=10, steps=2, split=split)
-        np.testing.assert_array_equal(sets["held_out"][1], given.patients[given.indices(split)])
-        assert ("real" in sets) == (number > 0)  # four patients are enough
-        if number:
-            images, patients = sets["real"]
-            np.testing.assert_array_equal(images, given.read(given.indices(other)))
-            np.testing.assert_array_equal(patients, given.patients[given.indices(other)])
+        assert ("real" in sets) == (number == 2), "ten images of five patients are enough, eight of four are not"
+        assert {len(one.images) for one in sets.values()} | {len(one.groups) for one in sets.values()} == {n}
+        for name, of in {"held_out": split, "real": other}.items():
+            if name in sets:
+                everything = given.indices(of)
+                rows = everything[rows_of(sets[name].images, given.read(everything))]
+                assert len(set(rows)) == n
+                np.testing.assert_array_equal(sets[name].groups, given.patients[rows])
+
+
+def test_sets_of_an_audit_have_one_size_since_its_numbers_depend_on_it() -> None:
+    """Images of one law, each with a brightness of its own: their histograms are the further apart the fewer there are,
+    so a column of 120 images seems closer than one of 30. Drawn to one size, it does not."""
+    rng = np.random.default_rng(0)
+    x = np.clip(rng.uniform(0.2, 0.8, (1200, 1, 1, 1)) + 0.05 * rng.standard_normal((1200, 11, 11, 1)), 0, 1)
+    x = x.astype(np.float32)
+    reference, few, many = x[:30], x[30:630].reshape(20, 30, 11, 11, 1), x[600:].reshape(5, 120, 11, 11, 1)
+    mean = lambda sets: float(np.mean([gray_distance(one, reference) for one in sets]))  # noqa: E731
+    other_law = [gray_distance(one, x[480:600]) for one in few[:10]]
+    assert np.mean(other_law) < 0.85 * mean(few), "more images seem nearer, on either side"
+    drawn = [one[draw(120, 30, seed)] for one in many for seed in range(4)]
+    error = np.std([gray_distance(one, reference) for one in few]) * math.sqrt(1 / 20 + 1 / 5)
+    assert abs(mean(drawn) - mean(few)) < 4 * error
+    space = Space(np.zeros(121), np.eye(121)[:8], np.ones(8))
+    with pytest.raises(InputError, match="30 and 120 images; expected as many of each"):
+        audit_set(few[0], many[0], reference, space)
+    np.testing.assert_array_equal(draw(5, 5, 3), np.arange(5))
+    assert len(set(draw(50, 9, 0)) | set(draw(50, 9, 1))) > 9 and (np.diff(draw(50, 9, 0)) > 0).all()
+    with pytest.raises(InputError, match="n: 6; expected 1 to 5"):
+        draw(5, 6)
+
+
+def test_nearest_training_images_are_found_in_parts(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against one part that holds all, and never more than a part is read."""
+    loaded = load(trained.path)
+    data = load_data(loaded)
+    space = Space(loaded.baselines.mean, loaded.baselines.components, loaded.baselines.variances)
+    test = data.indices("test")
+    sets = {"held_out": Set(data.read(test), data.patients[test]), "train": Set(data.read(np.arange(3)))}
+    whole = audit_module.nearest_training(sets, data, space)
+    read: list[int] = []
+    inner = data.reader
+    data = replace(data, reader=lambda i: (read.append(len(i)), inner(i))[1])
+    monkeypatch.setattr(audit_module, "PART", 16 * 16 * 7)
+    parts = audit_module.nearest_training(sets, data, space)
+    assert read == [7] * 6 + [4]
+    for name in sets:
+        np.testing.assert_allclose(parts[name].pixel, whole[name].pixel, rtol=1e-6)
+        np.testing.assert_allclose(parts[name].pca, whole[name].pca, rtol=1e-5, atol=1e-6)
+    assert (whole["held_out"].pixel > 0.01).all()
 
 
 # The linear-Gaussian VDM's samples
@@ -455,7 +509,9 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
     out, err = said(capfd, "audit", run, *options, "--json")
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert err == "" and out.count("\n") == 1
-    assert (result["split"], result["steps_sampled"], result["samples"]["num_images"]) == ("test", 3, 12)
+    held_out = json.loads((run / "config.json").read_text())["data"]["counts"]["test"]["images"]
+    assert (result["split"], result["steps_sampled"], result["num_images"]) == ("test", 3, min(12, held_out))
+    assert {result[name]["num_images"] for name in ("samples", "decoded")} == {result["num_images"]}
     assert set(result["samples"]) == set(result["decoded"])
     assert "real" not in result, "the validation split has three patients"
     text, _ = said(capfd, "audit", run, *options)
@@ -472,19 +528,19 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
 def test_an_audit_of_a_class_takes_its_real_images_from_that_class(trained: Trained) -> None:
     loaded = load(trained.path)
     data = load_data(loaded)
-    ill = data.patients[np.flatnonzero((data.labels[:, 1] == 1) & (data.splits == "train"))]
-    loaded, data = other_splits(loaded, **dict.fromkeys(ill, "val"))
+    ill = sorted(set(data.patients[np.flatnonzero((data.labels[:, 1] == 1) & (data.splits == "train"))]))
+    loaded, data = other_splits(loaded, **dict.fromkeys(ill[:4], "test"), **dict.fromkeys(ill[4:], "val"))
     sets = audit_sets(loaded, data, num=10, steps=2, label="Pneumonia", guidance=1.0)
-    wanted = data.indices("test")[data.labels[data.indices("test"), 1] == 1]
-    assert 0 < len(wanted) < len(data.indices("test"))
-    np.testing.assert_array_equal(sets["held_out"][0], data.read(wanted))
-    assert sets["decoded"][0].shape == sets["held_out"][0].shape and len(sets["samples"][0]) == 10
-    others = data.indices("val")[data.labels[data.indices("val"), 1] == 1]
-    assert len(others) < len(data.indices("val"))
-    np.testing.assert_array_equal(sets["real"][0], data.read(others))
-    assert not set(sets["real"][1]) & set(sets["held_out"][1]), "the yardstick has other patients"
-    drawn = medvdm.sample(loaded, 10, steps=2, label="Pneumonia", guidance=1.0)
-    np.testing.assert_allclose(sets["samples"][0], drawn.images, atol=1e-6)
+    n = len(sets["samples"].images)
+    smaller = min(int((data.labels[data.indices(split), 1] == 1).sum()) for split in ("test", "val"))
+    assert n == min(10, smaller) and {len(one.images) for one in sets.values()} == {n}
+    for name, split in {"held_out": "test", "real": "val"}.items():
+        everything = data.indices(split)
+        rows = everything[rows_of(sets[name].images, data.read(everything))]
+        assert (data.labels[rows, 1] == 1).all() and not (data.labels[everything, 1] == 1).all()
+    assert not set(sets["real"].groups) & set(sets["held_out"].groups), "the yardstick has other patients"
+    drawn = medvdm.sample(loaded, n, steps=2, label="Pneumonia", guidance=1.0)
+    np.testing.assert_allclose(sets["samples"].images, drawn.images, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +554,7 @@ def test_an_audit_of_a_class_takes_its_real_images_from_that_class(trained: Trai
         ("--label pneumonai", ["label", "did you mean 'Pneumonia'?"]),
         ("--guidance 2", ["guidance: 2.0", "label"]),
         ("--seed -1", ["seed: -1"]),
-        ("--guidance nan --label Pneumonia", ["guidance: nan"]),
+        ("--guidance nan", ["guidance: nan"]),
         ("--data-dir somewhere", ["data_dir: 'somewhere'"]),
         ("--nun 3", ["--nun"]),
     ],
