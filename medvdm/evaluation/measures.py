@@ -167,8 +167,8 @@ def gray_distance(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import wasserstein_distance
 
     steps = 2**16
-    levels, counts = zip(*(np.unique(np.rint(x * steps).astype(np.int32), return_counts=True) for x in (a, b)))
-    return float(wasserstein_distance(*levels, *counts)) / steps
+    (u, u_counts), (v, v_counts) = (np.unique(np.rint(x * steps).astype(np.int32), return_counts=True) for x in (a, b))
+    return float(wasserstein_distance(u, v, u_counts, v_counts)) / steps
 
 
 def bands(num: int) -> tuple[slice, slice, slice]:
