@@ -22,12 +22,56 @@ def as_unit_float(images: np.ndarray, name: str = "images") -> np.ndarray:
     if images.dtype == np.uint8:
         return images.astype(np.float32) / np.float32(255.0)
     if not np.issubdtype(images.dtype, np.floating):
-        raise InputTypeError(f"{name}: dtype {images.dtype}; expected uint8, or float in [0, 1]")
+        hint = ""
+        if images.dtype.kind in "iu":
+            hint = "; divide by the largest value that your source can hold (255, 4095, 65535)"
+        raise InputTypeError(f"{name}: dtype {images.dtype}; expected uint8, or float in [0, 1]{hint}")
     if images.size:
         low, high = float(images.min()), float(images.max())
         if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
-            raise InputError(f"{name}: values from {low:g} to {high:g}; expected [0, 1]")
+            hint = ", as by dividing by 255" if low >= 0.0 and 1.0 < high <= 255.0 else ""
+            raise InputError(f"{name}: values from {low:g} to {high:g}; expected [0, 1]{hint}")
     return images.astype(np.float32, copy=False)
+
+
+def channels_last(images: np.ndarray, name: str = "images") -> np.ndarray:
+    """Images as (N, H, W, C) with C = 1 or 3, without guessing which axis is which.
+
+    Args:
+        images: (N, H, W), or (N, H, W, C) with 1 (gray) or 3 (RGB) channels.
+        name: what an error calls them.
+
+    Raises:
+        InputError: any other shape, with the axis that looks like channels; three axes that look like (H, W, C) or
+            (H, W, N). Four axes are taken at their word: ``images[..., None]`` says (N, H, W) for certain.
+    """
+    shape, expected = images.shape, "expected (N, H, W), or (N, H, W, C) with C = 1 or 3"
+    if 0 in shape:
+        raise InputError(f"{name}: shape {shape}; {expected}, none of them 0")
+    if images.ndim == 2:
+        raise InputError(f"{name}: shape {shape}; {expected}. One image? images[None]")
+    if images.ndim == 3:
+        n, height, width = shape
+        if width in (1, 3, 4) and height > 4:
+            raise InputError(f"{name}: shape {shape}; {expected}. One image (H, W, C)? images[None]")
+        if n == height != width and n > 4:
+            raise InputError(
+                f"{name}: shape {shape}, (N, H, W) or (H, W, N)? {expected}. "
+                "np.moveaxis(images, -1, 0) for the second, images[..., None] for the first"
+            )
+        return images[..., None]
+    if images.ndim != 4:
+        raise InputError(f"{name}: shape {shape}; {expected}")
+    if shape[-1] not in (1, 3):
+        axis = next((axis for axis in (1, 2, 0) if shape[axis] in (1, 3)), None)
+        remedy = {
+            1: "Axis 1 looks like the channels: np.moveaxis(images, 1, -1)",
+            2: "Axis 2 looks like the channels of (H, W, C, N): np.moveaxis(images, -1, 0)",
+            0: "Axis 0 looks like the channels of (C, N, H, W): np.moveaxis(images, 0, -1)",
+            None: "Drop an alpha channel or make gray yourself" if shape[-1] in (2, 4) else "No axis is 1 or 3",
+        }[axis]
+        raise InputError(f"{name}: shape {shape}; {expected}. {remedy}")
+    return images
 
 
 def as_images(images: np.ndarray, name: str = "images", *, picture: bool = False) -> np.ndarray:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from medvdm.data.base import SPLITS, ImageData, Reading, from_arrays, index_of, split_of_patient
+from medvdm.data.arrays import from_arrays
+from medvdm.data.base import SPLITS, ImageData, Reading, index_of, split_of_patient
 from medvdm.errors import InputError, nearest
 
 __all__ = [

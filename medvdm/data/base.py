@@ -6,16 +6,20 @@ in which split) and gives a function that reads any subset. Nothing here knows a
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from medvdm.data import content
 from medvdm.errors import DataError, InputError, InputTypeError, nearest
-from medvdm.images import as_unit_float
 
 SPLITS = ("train", "val", "test")
+_SPLIT_LIST = "'train', 'val' or 'test'"
 
 
 def split_of_patient(patient: str) -> str:
@@ -68,6 +72,13 @@ class ImageData:
         reader: maps an integer array of n positions to float32 of shape (n, height, width, channels) in [0, 1].
         notes: what a reader of the model card should know (missing files, resizing, unknown patients).
         reading: what was looked at, read, skipped and guessed, as counts.
+        digests: gives one digest per image, equal for equal pictures; None hashes what ``reader`` gives.
+
+    Raises:
+        InputError: shapes that do not fit together, labels other than 0 and 1, unknown splits, class names that are
+            the same to a reader.
+        InputTypeError: labels that are not uint8; patients or splits that are no strings.
+        DataError: two images of one name, a patient without a name or in two splits.
     """
 
     name: str
@@ -82,20 +93,45 @@ class ImageData:
     reader: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     notes: tuple[str, ...] = ()
     reading: Reading | None = None
+    digests: Callable[[], tuple[bytes, ...]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for what in ("labels", "patients", "splits"):  # read-only, so that what is checked and hashed here stays true
+            fixed = np.asarray(getattr(self, what)).view()
+            fixed.flags.writeable = False
+            object.__setattr__(self, what, fixed)
         n = len(self.ids)
+        check_class_names(self.class_names)
         if self.labels.shape != (n, len(self.class_names)):
             raise InputError(
                 f"labels: shape {self.labels.shape}; expected {(n, len(self.class_names))} (images, classes)"
             )
+        if self.labels.dtype != np.uint8:
+            raise InputTypeError(f"labels: dtype {self.labels.dtype}; expected uint8")
+        check_multi_hot(self.labels)
         for what in ("patients", "splits"):
-            if len(getattr(self, what)) != n:
-                raise InputError(f"{what}: {len(getattr(self, what))} entries; expected {n}, one per image")
-        sides: dict[str, str] = {}
-        for patient, split in zip(self.patients, self.splits, strict=True):
-            if sides.setdefault(patient, split) != split:
-                raise DataError(f"patient {patient} is in both '{sides[patient]}' and '{split}'; expected one split")
+            column = getattr(self, what)
+            if column.shape != (n,):
+                raise InputError(f"{what}: shape {column.shape}; expected {(n,)}, one per image")
+            if column.dtype.kind != "U":
+                raise InputTypeError(f"{what}: dtype {column.dtype}; expected strings")
+        if len(set(self.ids)) != n:
+            twice = next(name for name, count in Counter(self.ids).items() if count > 1)
+            raise DataError(f"ids: '{twice}' is there twice; expected one name per image")
+        unknown = set(np.unique(self.splits)) - set(SPLITS)
+        if unknown:
+            raise InputError(f"splits: {', '.join(map(repr, sorted(map(str, unknown))))}; expected {_SPLIT_LIST}")
+        nameless = np.flatnonzero(np.char.strip(self.patients) == "")
+        if nameless.size:
+            raise DataError(f"patients: '' for {self.ids[nameless[0]]}; expected a name of the patient")
+        _, first, patient = np.unique(self.patients, return_index=True, return_inverse=True)
+        elsewhere = np.flatnonzero(self.splits != self.splits[first][patient])
+        if elsewhere.size:
+            i = elsewhere[0]
+            raise DataError(
+                f"patient {self.patients[i]} is in both '{self.splits[first[patient[i]]]}' and '{self.splits[i]}'; "
+                "expected one split"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,22 +159,118 @@ class ImageData:
         return {
             split: {
                 "images": int((self.splits == split).sum()),
-                "patients": len(set(self.patients[self.splits == split])),
+                "patients": len(np.unique(self.patients[self.splits == split])),
             }
             for split in SPLITS
         }
 
+    def check_splits(self) -> tuple[str, ...]:
+        """What is wrong with the split, one line each, for the log before training and for the model card.
+
+        Noted: a validation or test split without images, one patient with all or most of the images, pictures that
+        are on two sides, pictures that are there twice with different labels. Pictures are compared by their digests.
+
+        Raises:
+            DataError: no image to train on; a file that cannot be read any more.
+        """
+        self.indices("train")
+        people, images_of = np.unique(self.patients, return_counts=True)
+        most = int(images_of.argmax())
+        notes = [
+            f"the split '{split}' has no images (of {len(self)} of {len(people)} patients): nothing is measured on it"
+            for split in ("val", "test")
+            if not (self.splits == split).any()
+        ]
+        if len(people) == 1 and len(self) > 1:
+            notes.append(f"all {len(self)} images are of one patient, '{people[0]}': nobody else is held out")
+        elif images_of[most] > len(self) / 2 and images_of[most] >= 10:
+            notes.append(f"patient '{people[most]}' has {images_of[most]} of the {len(self)} images: is it one person?")
+        return (*notes, *self._notes_of_twins())
+
+    def _notes_of_twins(self) -> list[str]:
+        sides: dict[bytes, set[str]] = {}
+        labels: dict[bytes, set[bytes]] = {}
+        for digest, side, row in zip(self._digests, self.splits, self.labels, strict=True):
+            sides.setdefault(digest, set()).add(str(side))
+            labels.setdefault(digest, set()).add(row.tobytes())
+        on_two_sides = sum(len(sides[digest]) > 1 for digest in self._digests)
+        contradicted = sum(len(labels[digest]) > 1 for digest in self._digests)
+        notes = []
+        if on_two_sides:
+            notes.append(f"{on_two_sides} images have an identical copy on another side of the split")
+        if contradicted:
+            notes.append(f"{contradicted} images have an identical copy with other labels")
+        return notes
+
+    @functools.cached_property
+    def _digests(self) -> tuple[bytes, ...]:
+        return self.digests() if self.digests is not None else content.of_images(self.reader, len(self))
+
     def fingerprint(self) -> str:
-        """A short hash of names, labels, split, shape and the brightness of 16 images: is this the same data?"""
-        h = hashlib.sha256()
-        for text in (self.name, str(self.image_shape), *self.class_names, *self.ids, *self.patients, *self.splits):
-            h.update(text.encode() + b"\0")
-        h.update(np.ascontiguousarray(self.labels, dtype=np.uint8).tobytes())
-        probe = np.unique(np.linspace(0, len(self) - 1, num=min(16, len(self))).astype(int))
-        # The mean gray of each, to three digits: it survives the last float32 digit of another processor.
-        means = self.read(probe).reshape(len(probe), -1).mean(axis=1, dtype=np.float64)
-        h.update(" ".join(f"{mean:.3f}" for mean in means).encode())
+        """A short hash of names, classes, labels, patients, splits, shape and every image: is this the same data?
+
+        An image enters by its digest, see :mod:`medvdm.data.content`: every pixel of an array, the bytes of a file.
+        It is the same on every machine, and computed once.
+        """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        texts = (self.class_names, self.ids, self.patients.tolist(), self.splits.tolist())
+        h = hashlib.sha256(json.dumps((self.name, self.image_shape, *texts)).encode())
+        h.update(np.ascontiguousarray(self.labels))
+        h.update(b"".join(self._digests))
         return h.hexdigest()[:16]
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Refuse class names that are no text, empty, or the same but for case and spaces.
+
+    Raises:
+        InputTypeError: a name that is no string, or one string in place of a sequence of them.
+        InputError: no name, an empty one, or two that a reader would take for one.
+    """
+    if isinstance(names, str):
+        raise InputTypeError(f"class_names: the string '{names}'; expected a sequence of strings")
+    spelled: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise InputTypeError(f"class_names: {name!r}; expected strings")
+        plain = "".join(name.split()).casefold()
+        if not plain:
+            raise InputError(f"class_names: '{name}'; expected a name that is not empty")
+        if plain in spelled:
+            raise InputError(f"class_names: '{spelled[plain]}' and '{name}'; expected names that differ in letters")
+        spelled[plain] = name
+    if not spelled:
+        raise InputError("class_names: none; expected at least one")
+
+
+def check_multi_hot(labels: np.ndarray) -> None:
+    """Refuse labels (N, K) of numbers other than 0 and 1: say which, where, and what it means in files that ship it.
+
+    Raises:
+        InputError: such a number.
+    """
+    wrong = (labels != 0) & (labels != 1)  # true for NaN, too
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        value = labels[row, column].item()
+        raise InputError(
+            f"labels: {value} at ({row}, {column}), one of {int(wrong.sum())} values other than 0 and 1"
+            f"{meaning(value)}; expected 0 or 1"
+        )
+
+
+def meaning(value: float) -> str:
+    """What a label other than 0 and 1 means in the files that ship it, in brackets; '' if it has no usual meaning."""
+    if value == -1:
+        return " (-1 is 'uncertain' in files like CheXpert's: make it 0 or 1, or leave the image out)"
+    if value != value:
+        return " (blank is 'not mentioned' in files like CheXpert's: make it 0, or leave the image out)"
+    if 0 < value < 1:
+        return " (a probability: decide by a threshold of yours)"
+    return ""
 
 
 def index_of(name: str, names: Sequence[str], what: str) -> int:
@@ -146,63 +278,3 @@ def index_of(name: str, names: Sequence[str], what: str) -> int:
     if name not in names:
         raise InputError(f"{what}: '{name}'; {nearest(name, names)}")
     return list(names).index(name)
-
-
-def from_arrays(
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-    *,
-    class_names: Sequence[str] | None = None,
-    patients: Sequence[str] | None = None,
-    splits: Sequence[str] | None = None,
-    name: str = "arrays",
-    origin: str = "arrays given by the caller",
-) -> ImageData:
-    """Wrap arrays as :class:`ImageData`.
-
-    Args:
-        images: (N, H, W) or (N, H, W, C); uint8, or float in [0, 1].
-        labels: (N,) class indices or (N, K) multi-hot; None puts every image in one class.
-        class_names: K names; by default '0', '1', ...
-        patients: N names; by default every image is a patient of its own.
-        splits: N of 'train', 'val', 'test'; by default :func:`split_of_patient`.
-
-    Raises:
-        InputTypeError: images of a dtype other than uint8 or float.
-        InputError: values outside [0, 1]; shapes that do not fit together.
-    """
-    images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or 0 in images.shape:
-        raise InputError(f"images: shape {images.shape}; expected (N, H, W) or (N, H, W, C), none of them 0")
-    if images.dtype != np.uint8:  # uint8 is kept as it is (a quarter of the memory) and scaled when read
-        images = as_unit_float(images)
-    n = len(images)
-    labels = np.zeros(n, np.int64) if labels is None else np.asarray(labels)
-    if labels.ndim == 1:
-        if not np.issubdtype(labels.dtype, np.integer) or (n and labels.min() < 0):
-            raise InputTypeError(f"labels: dtype {labels.dtype}; expected class indices 0, 1, ... or (N, K) multi-hot")
-        k = len(class_names) if class_names is not None else int(labels.max()) + 1
-        if labels.max() >= k:
-            raise InputError(f"labels: index {int(labels.max())}; expected less than {k}, the number of class_names")
-        labels = np.eye(k, dtype=np.uint8)[labels]
-    names = tuple(class_names) if class_names is not None else tuple(str(i) for i in range(labels.shape[1]))
-    who = np.array([str(p) for p in patients] if patients is not None else [str(i) for i in range(n)])
-    where = np.array(list(splits) if splits is not None else [split_of_patient(p) for p in who])
-    unknown = set(where) - set(SPLITS)
-    if unknown:
-        raise InputError(f"splits: {sorted(unknown)}; expected 'train', 'val' or 'test'")
-    return ImageData(
-        name=name,
-        origin=origin,
-        ids=tuple(str(i) for i in range(n)),
-        labels=labels.astype(np.uint8),
-        class_names=names,
-        patients=who,
-        splits=where,
-        split_rule="given by the caller" if splits is not None else "sha256 of the patient, mod 10",
-        image_shape=tuple(images.shape[1:]),
-        reader=lambda i: as_unit_float(images[i]),
-        notes=() if patients is not None else ("no patients given: every image counts as a patient of its own",),
-    )

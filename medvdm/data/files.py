@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from medvdm.data import convert
+from medvdm.data import content, convert
 from medvdm.errors import DataError, InputError, MissingFileError
 from medvdm.images import as_unit_float
 
@@ -30,6 +30,7 @@ class FileImages:
     reader: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     image_shape: tuple[int, int, int]
     notes: tuple[str, ...]
+    digests: Callable[[], tuple[bytes, ...]] = field(repr=False)
 
 
 def existing_folder(data_dir: str | None, source: str, holding: str) -> Path:
@@ -90,7 +91,8 @@ def open_images(paths: Sequence[Path], image_size: int | None, fit: convert.Fit)
     dtype = np.dtype(np.uint8 if keep_bytes else np.float32)
     decoder = _Decoder(tuple(paths), (height, width), image_size, fit, dtype)
     reader = in_memory(decoder, (len(paths), height, width, 1), dtype)
-    return FileImages(reader, (height, width, 1), notes)
+    changed = [fit] if image_size is not None and any(header.height != header.width for header in headers) else []
+    return FileImages(reader, (height, width, 1), notes, lambda: content.of_files(paths, changed))
 
 
 def in_memory(

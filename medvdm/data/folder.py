@@ -76,6 +76,7 @@ def load(
         image_shape=images.image_shape,
         reader=images.reader,
         notes=(*notes, *split_notes, *images.notes),
+        digests=images.digests,
     )
 
 

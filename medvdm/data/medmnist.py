@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medvdm.data import files
-from medvdm.data.base import SPLITS, ImageData
+from medvdm.data import content, files
+from medvdm.data.base import SPLITS, ImageData, Reading
 from medvdm.data.convert import Fit, resize
 from medvdm.errors import DataError, InputError, MissingFileError, nearest
 from medvdm.images import as_unit_float
@@ -276,7 +276,12 @@ def load(flag: str, data_dir: str | None = None, image_size: int | None = None, 
     ids = _ids(splits)
     notes.append("the file names no patients: its split is kept, but whether it divides by patient is not known here")
     reader, shape = _reader(images, image_size, fit)
+    digests = None  # of what the reader gives, which is exactly what the file holds
     if shape != images.shape[1:3]:
+        # Of the file's own pixels, taken now so that they need not be kept: resized floats may differ by machine.
+        changed = [fit] if images.shape[1] != images.shape[2] else []
+        taken = content.of_images(lambda indices: as_unit_float(images[indices]), len(ids), changed)
+        digests = lambda: taken  # noqa: E731
         notes.append(f"resized from {images.shape[2]} x {images.shape[1]} to {image_size} x {image_size} pixels")
     return ImageData(
         name=flag,
@@ -290,6 +295,8 @@ def load(flag: str, data_dir: str | None = None, image_size: int | None = None, 
         image_shape=(*shape, info.channels),
         reader=reader,
         notes=tuple(notes),
+        reading=Reading(seen=len(ids), read=len(ids), stored_range=(int(images.min()) / 255, int(images.max()) / 255)),
+        digests=digests,
     )
 
 

@@ -13,6 +13,7 @@ and the patients of the train_val list are divided by the same hash: bucket 2 va
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from medvdm.data import files
-from medvdm.data.base import ImageData, split_of_patient
+from medvdm.data.base import ImageData, Reading, split_of_patient
 from medvdm.data.convert import Fit
 from medvdm.errors import DataError, MissingFileError
 
@@ -61,6 +62,7 @@ def load(data_dir: str | None, image_size: int | None = None, fit: Fit = "pad") 
         raise DataError(
             f"{label_file}: names none of the {len(paths)} images in {folder}; expected file names as there"
         )
+    skipped = Counter({"no row in the label file": len(paths) - len(names)})
     notes = _count_notes(rows=len(rows), present=len(names), without_row=len(paths) - len(names))
     if lists is not None:
         listed = [name for name in names if name in lists]
@@ -68,6 +70,7 @@ def load(data_dir: str | None, image_size: int | None = None, fit: Fit = "pad") 
             raise DataError(f"{folder}: {' and '.join(SPLIT_LISTS)} name none of the {len(names)} images there")
         if len(listed) < len(names):
             notes.append(f"{len(names) - len(listed)} images are on neither official list and were left out")
+            skipped["on neither official list"] = len(names) - len(listed)
         names = listed
 
     patients = [rows[name].patient for name in names]
@@ -86,6 +89,8 @@ def load(data_dir: str | None, image_size: int | None = None, fit: Fit = "pad") 
         image_shape=images.image_shape,
         reader=images.reader,
         notes=(*notes, *images.notes),
+        reading=Reading(seen=len(paths), read=len(names), skipped=dict(+skipped)),
+        digests=images.digests,
     )
 
 

@@ -11,6 +11,7 @@ apex points to the image's right, and the diaphragm is higher on the image's lef
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -19,14 +20,15 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from medvdm.data.base import ImageData, split_of_patient
+from medvdm.data.base import ImageData, Reading, split_of_patient
 from medvdm.errors import InputError, InputTypeError, nearest
 
 CLASS_NAMES = ("No Finding", "Pneumonia")
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 MAX_OPACITIES = 3
-VISITS = 2  # images a patient
+VISITS = 2  # images per patient
+DRAWING = 1  # enters the fingerprint; to be raised by whoever changes what is drawn
 CACHE_BYTES = 256 * 2**20
 
 _DRAWN_AT_LEAST = 48  # smaller images are drawn larger and averaged: ribs 3 pixels apart would alias
@@ -218,7 +220,15 @@ def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0
         image_shape=(size, size, 1),
         reader=_reader(num_images, size, seed),
         notes=("drawn, not measured: shapes and grey levels resemble a radiograph, no finding in it is real",),
+        reading=Reading(seen=num_images, read=num_images),
+        digests=lambda: _digests(num_images, size, seed),
     )
+
+
+def _digests(num_images: int, size: int, seed: int) -> tuple[bytes, ...]:
+    """One per image, of what it is drawn from: floats may differ in the last digit from machine to machine."""
+    drawn_from = f"phantom {DRAWING} size {size} seed {seed} image"
+    return tuple(hashlib.blake2b(f"{drawn_from} {i}".encode(), digest_size=16).digest() for i in range(num_images))
 
 
 def _reader(num_images: int, size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from medvdm.data import ImageData
@@ -27,7 +28,11 @@ def environment() -> dict[str, str]:
 
 
 def data_record(data: ImageData) -> dict[str, Any]:
-    """What the model card and a resumed run need to know of the data."""
+    """What the model card and a resumed run need to know of the data, as JSON.
+
+    Raises:
+        DataError: nothing to train on, see :meth:`medvdm.data.ImageData.check_splits`.
+    """
     return {
         "name": data.name,
         "origin": data.origin,
@@ -36,5 +41,6 @@ def data_record(data: ImageData) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "image_shape": list(data.image_shape),
         "fingerprint": data.fingerprint(),
-        "notes": list(data.notes),
+        "reading": None if data.reading is None else asdict(data.reading),
+        "notes": [*data.notes, *data.check_splits()],
     }
