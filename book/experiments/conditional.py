@@ -313,12 +313,12 @@ def main() -> None:
                 label=list(task.run.class_names),
                 seed=0,
             )
-            labels = np.tile(np.repeat([0, 1], 8), len(WEIGHTS))
+            findings = np.eye(2, dtype=np.uint8)[np.tile(np.repeat([0, 1], 8), len(WEIGHTS))]
             path = record.RESULTS / "conditional-nih.png"
             provenance_.write_samples(
                 path,
                 images=shown,
-                labels=labels,
+                findings=findings,
                 class_names=task.run.class_names,
                 provenance=provenance,
             )

@@ -6,15 +6,16 @@ errors to stderr. An error is one line; its exit code is 2 for what the user can
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import platform
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is shown as its code
+            stream.reconfigure(errors="backslashreplace")
     if argv is None:
         argv = sys.argv[1:]
         _use_huge_pages(argv)
@@ -119,24 +123,85 @@ def _dispatch(argv: list[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-def parse(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
+def parse(kind: type[T], argv: list[str], command: str, default: T | None = None, **more: Any) -> Any:
     """Parse a command's options with tyro; its boxed complaint becomes one line, an InputError."""
     import tyro
 
-    said = io.StringIO()
+    if argv and argv[0].replace("_", "-").startswith("--tyro-"):  # completion scripts, which assert their arguments
+        raise InputError(f"{argv[0]}: unknown; expected an option of medvdm {command} (see medvdm {command} --help)")
+    tyro_cli = functools.partial(
+        tyro.cli,
+        kind,
+        args=argv,
+        prog=f"medvdm {command}",
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_registry(),
+        **more,
+    )
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind, args=argv, prog=f"medvdm {command}", default=default, config=(tyro.conf.OmitArgPrefixes,)
-            )
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro_cli()
     except SystemExit as stop:
-        if stop.code in (0, None):
+        if stop.code in (0, None):  # the help has been printed
             raise
-        words = "".join(c if c.isascii() or c.isalnum() else " " for c in said.getvalue()).split()
-        text = " ".join(w for w in words if set(w) - set("-+|"))
-        text = re.sub(r"^(Parsing error|Value error|Unrecognized options)\s+(Error parsing \w[\w.-]*: )?", "", text)
-        text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
-        raise InputError(f"{text} (see medvdm {command} --help)") from None
+    raise InputError(f"{_complaint(tyro_cli, argv)} (see medvdm {command} --help)")
+
+
+def _registry() -> Any:
+    """Tyro's rules, but the text 'None' is a text: folders and classes may bear that name."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def text_or_nothing(info: Any) -> Any:
+        if set(typing.get_args(info.type)) != {str, type(None)}:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=lambda given: given[0],
+            is_instance=lambda value: value is None or isinstance(value, str),
+            str_from_instance=lambda value: ["none" if value is None else value],
+        )
+
+    return registry
+
+
+def _complaint(tyro_cli: Callable[[], Any], argv: list[str]) -> str:
+    """What tyro has against the options, in one line; it prints a box that is broken at the terminal's width."""
+    said = io.StringIO()
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"  # no name is broken
+    try:
+        with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            tyro_cli()
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    words = "".join(" " if "\u2500" <= c <= "\u259f" else c for c in said.getvalue()).split()
+    text = " ".join(w for w in words if set(w) - set("-+|"))
+    text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
+    titles = "Parsing error|Value error|Unrecognized options|Missing argument|Required options|Invalid choice"
+    text = re.sub(rf"^({titles})\s+(?=\S)", "", text)
+    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.$", text):
+        choices = re.findall(r"'([^']*)'", found[3])
+        return f"{found[2]}: '{found[1]}'; {nearest(found[1], choices)}"
+    if found := re.match(r"Error parsing (\S+): invalid literal for int.*?: ('.*')$", text):
+        return f"{found[1]}: {found[2]}; expected a whole number"
+    if found := re.match(r"Error parsing (\S+): could not convert string to float: ('.*')$", text):
+        return f"{found[1]}: {found[2]}; expected a number"
+    if found := re.match(r"Missing value for argument '(\S+)'", text):
+        if not found[1].startswith("--"):
+            return f"{found[1].upper()}: missing; expected one (one that begins with '-' comes after '--')"
+        return f"{found[1]}: no value; expected one (one that begins with '-' is written {found[1]}=VALUE)"
+    if found := re.match(r"Missing from [\w ]+: (\S+) (?:[A-Z]+ )?(.*?)\.? \(required\)", text):
+        return f"{found[1]}: missing; expected the {found[2][0].lower()}{found[2][1:]}"
+    if found := re.match(r"Unrecognized options: (.*?)(?: Perhaps you meant: (--[\w-]+).*)?$", text):
+        for flag in (w.partition("=")[0] for w in argv if w.startswith("--") and w.endswith(f"={found[1]}")):
+            return f"{flag}: '{found[1]}'; expected no value after {flag}"
+        return f"{found[1]}: unknown" + (f"; did you mean '{found[2]}'?" if found[2] else "; expected nothing like it")
+    return re.sub(r"^Error parsing \w[\w.-]*: ", "", text)
 
 
 # The commands. Their options are in medvdm.cli.options; heavy modules are imported after the options are parsed.
@@ -144,26 +209,24 @@ def parse(kind: type[T], argv: list[str], command: str, default: T | None = None
 
 def _train(argv: list[str]) -> int:
     from medvdm.cli import options
-    from medvdm.cli.options import Train
     from medvdm.runs.presets import PRESETS, preset
     from medvdm.runs.store import EVALUATIONS, holds_run, read_lines, read_record
 
-    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    start.add_argument("--preset", nargs="?")
-    start.add_argument("--out", nargs="?")
-    start.add_argument("--resume", action="store_true")
-    early, _ = start.parse_known_args(argv)
-    if early.preset is not None and early.preset not in PRESETS:
-        raise InputError(f"preset: '{early.preset}'; {nearest(early.preset, PRESETS)}")
-    if early.resume and early.out and holds_run(Path(early.out)):
-        base = read_record(Path(early.out))[1]  # what is not said again stays as it was
-        if early.preset not in (None, base.preset):
-            raise InputError(f"preset: '{early.preset}'; expected '{base.preset}', with which {early.out} was started")
+    start, _ = parse(options.Start, argv, "train", add_help=False, return_unknown_args=True)
+    if start.preset is not None and start.preset not in PRESETS:
+        raise InputError(f"preset: '{start.preset}'; {nearest(start.preset, PRESETS)}")
+    if start.resume and start.out and holds_run(Path(start.out)):
+        base = read_record(Path(start.out))[1]  # what is not said again stays as it was
+        if start.preset not in (None, base.preset):
+            raise InputError(f"preset: '{start.preset}'; expected '{base.preset}', with which {start.out} was started")
     else:
-        base = preset(early.preset or "demo")
-    args = parse(Train, argv, "train", options.train_defaults(base))
+        base = preset(start.preset or "demo")
+    description = (
+        f"Train a model and leave a run in a folder. The defaults below are those of the preset {base.preset}."
+    )
+    args = parse(options.Train, argv, "train", options.train_defaults(base), description=description)
     if not args.out:
-        raise InputError("--out: missing; expected the folder of the run")
+        raise InputError("--out: ''; expected the folder of the run")
     config = options.run_config(args)
 
     from medvdm.runs.fit import fit
@@ -191,9 +254,7 @@ def _evaluate(argv: list[str]) -> int:
     data = None
     if args.data is not None or args.data_dir is not None:
         data = load_data(run, args.data, args.data_dir)
-    result = evaluate(
-        run, data, split=args.split, null=args.null, draws=args.draws, batch_size=args.batch_size, seed=args.seed
-    )
+    result = evaluate(run, data, args.evaluation)
     print(json.dumps(result) if args.json else evaluation_table(result))
     return 0
 
@@ -208,10 +269,9 @@ def _sample(argv: list[str]) -> int:
     from medvdm.runs.sample import sample
 
     provenance.check_path(Path(args.out))
-    run = load(args.run, ema=args.ema)
-    drawn = sample(run, args.num, steps=args.steps, label=args.label, guidance=args.guidance, seed=args.seed)
+    drawn = sample(load(args.run, ema=args.ema), config=args.drawing)
     drawn.save(args.out)
-    print(f"{args.num} synthetic images: {args.out}")
+    print(f"{args.drawing.num} synthetic images: {args.out}")
     return 0
 
 
@@ -225,16 +285,7 @@ def _audit(argv: list[str]) -> int:
 
     run = load(args.run, ema=args.ema)
     data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
-    result = audit(
-        run,
-        data,
-        num=args.num,
-        steps=args.steps,
-        label=args.label,
-        guidance=args.guidance,
-        split=args.split,
-        seed=args.seed,
-    )
+    result = audit(run, data, args.audit)
     print(json.dumps(result) if args.json else audit_table(result))
     return 0
 
@@ -252,6 +303,6 @@ def _benchmark(argv: list[str]) -> int:
     from medvdm.cli.tables import benchmark_table
     from medvdm.cost import benchmark
 
-    result = benchmark.run(config, repeats=args.repeats, roofline=args.roofline)
+    result = benchmark.run(config, args.timing)
     print(json.dumps(result) if args.json else benchmark_table(result))
     return 0

@@ -1,25 +1,42 @@
 """The options of each command, read by tyro: a field is an option, the text below it its help.
 
-``train`` composes the dataclasses of the Python API, so every setting of a run is an option under its own name.
+Every command composes the dataclasses of the Python API, so every setting is an option under its own name and is
+declared in one place. What is added here are the places on disk and what is printed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, Suppress
+import tyro
+from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from medvdm.data import DataConfig
 from medvdm.models.vdm import VDMConfig
-from medvdm.runs.config import KeepConfig, RunConfig
+from medvdm.runs.config import AuditConfig, BenchmarkConfig, EvaluateConfig, KeepConfig, RunConfig, SampleConfig
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
+
+RunFolder = Positional[Annotated[str, arg(metavar="RUN")]]
+Labels = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What has to be known of a training before its other options can be read: their defaults depend on it."""
+
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Folder of the run."""
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """Settings to start from."""
+    resume: bool = False
+    """Continue the run in --out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(VDMConfig):
-    """The model's settings, without those that come from the data."""
+    """The model, without what comes from the data."""
 
     image_shape: Suppress[tuple[int, int, int]] = (256, 256, 1)
     classes: Suppress[int] = 0
@@ -29,10 +46,10 @@ class Model(VDMConfig):
 class Train:
     """Train a model and leave a run in a folder."""
 
-    out: str
+    out: Annotated[str, arg(metavar="FOLDER")]
     """Folder of the run."""
     preset: Literal[PRESETS] = "demo"  # type: ignore[valid-type]
-    """Settings to start from; every option below changes one of them."""
+    """Settings to start from. It gives every option below its default; --preset NAME --help shows those of NAME."""
     resume: bool = False
     """Continue the run in --out exactly where its newest checkpoint left it."""
     conditional: bool = False
@@ -43,8 +60,8 @@ class Train:
     keep: KeepConfig = field(default_factory=KeepConfig)
     progress: bool = True
     """Show a progress bar on stderr."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0 in a run of several processes; 'auto' where the cluster tells."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Address of process 0 in a run of several processes; 'auto' where the cluster tells."""
     num_processes: int = 1
     """Number of processes."""
     process_id: int = 0
@@ -54,7 +71,7 @@ class Train:
 def train_defaults(config: RunConfig) -> Train:
     """The options of ``train`` that stand for a config, before the user changes any."""
     return Train(
-        out="",
+        out=tyro.MISSING,
         preset=config.preset,
         conditional=config.conditional,
         data=config.data,
@@ -80,72 +97,57 @@ def run_config(options: Train) -> RunConfig:
 class Evaluate:
     """The bound of a run on held-out images, its error, the floor of the data, and the baselines."""
 
-    run: Positional[str]
+    run: RunFolder
     """Folder of the run."""
-    data: str | None = None
-    """Other data than the run's own."""
-    data_dir: str | None = None
-    """Where the images are now."""
-    split: str = "test"
-    """train, val, test or all."""
+    data: Annotated[str | None, arg(metavar="NAME")] = None
+    """Other data than the run's own, brought to the size of the run's images."""
+    data_dir: Annotated[str | None, arg(metavar="PATH")] = None
+    """Where the images are now; by default where they were."""
+    evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
     step: int | None = None
-    """An earlier checkpoint that is still kept."""
+    """An earlier checkpoint that is still kept; by default the newest."""
     ema: bool = False
     """Evaluate the moving average of the weights."""
-    null: bool = False
-    """Evaluate a conditional model without the labels."""
-    draws: int = 8
-    """Independent draws of time and noise per image."""
-    batch_size: int = 32
-    """Images at a time."""
-    seed: int = 0
-    """Of the draws."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(SampleConfig):
+    """How the images are drawn."""
+
+    label: Labels = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draw synthetic images from a run."""
 
-    run: Positional[str]
+    run: RunFolder
     """Folder of the run."""
-    num: int = 16
-    """How many images."""
-    out: str
-    """File to write: .npz (images, labels, where they come from) or .png (a grid)."""
-    steps: int = 250
-    """Steps T of the ancestral chain."""
-    label: str | None = None
-    """Class to draw from; by default the model's null, 'no label given'."""
-    guidance: float = 0.0
-    """Guidance weight w: eps = (1 + w) conditional - w null."""
-    seed: int = 0
-    """Of the samples; sample i of a seed is always the same."""
+    out: Annotated[str, arg(metavar="FILE")]
+    """File to write, .npz (images, labels, where they come from) or .png (a grid)."""
+    drawing: Drawn = field(default_factory=Drawn)
     ema: bool = False
     """Use the moving average of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(AuditConfig):
+    """How the samples are drawn, and which real images they are held against."""
+
+    label: Labels = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
     """Draw samples and hold them against real images: likeness, scales, grays, a classifier, nearest images."""
 
-    run: Positional[str]
+    run: RunFolder
     """Folder of the run."""
-    num: int = 256
-    """How many samples."""
-    steps: int = 250
-    """Steps T of the ancestral chain."""
-    label: str | None = None
-    """Class to draw from, and of the real images; by default the model's null and all images."""
-    guidance: float = 0.0
-    """Guidance weight w: eps = (1 + w) conditional - w null."""
-    split: str = "test"
-    """The real images that all are held against, val or test."""
-    data_dir: str | None = None
-    """Where the images are now."""
-    seed: int = 0
-    """Of the samples, the pairs and the folds."""
+    audit: Held = field(default_factory=Held)
+    data_dir: Annotated[str | None, arg(metavar="PATH")] = None
+    """Where the images are now; by default where they were."""
     ema: bool = False
     """Use the moving average of the weights."""
     json: bool = False
@@ -156,15 +158,12 @@ class Audit:
 class Benchmark:
     """Time a preset's training step against a hand-written plain JAX step, interleaved in one process."""
 
-    preset: str = "demo"
+    preset: Annotated[str, arg(metavar="NAME")] = "demo"
     """Which preset."""
     batch_size: int = 16
-    """Images a step."""
+    """Images per step."""
     image_size: int | None = None
     """Height and width; by default the preset's, or 64."""
-    repeats: int = 20
-    """Timed pairs of steps."""
-    roofline: bool = False
-    """Also measure the machine's ceilings and say how far above the least possible time the step is."""
+    timing: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     json: bool = False
     """Print one JSON object and nothing else."""

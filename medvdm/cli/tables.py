@@ -87,7 +87,7 @@ def audit_table(r: dict[str, Any]) -> str:
             cells = [f"{c} +- {r[column][f'{key}_stderr']:.2f}" for c, column in zip(cells, columns, strict=True)]
         return f"  {name:<34}" + "".join(f"{cell:>14}" for cell in cells)
 
-    of = "" if r["label"] is None else f", label '{r['label']}', guidance {r['guidance']:g}"
+    of = f", label '{' and '.join(r['label'])}', guidance {r['guidance']:g}" if r["label"] else ""
     return "\n".join(
         [
             f"{r['run']} at step {r['step']}, {r['weights']} weights: samples with T = {r['steps_sampled']}{of}",

@@ -24,11 +24,13 @@ from medvdm import data as data_
 from medvdm.cost import roofline as roofline_
 from medvdm.errors import InputError
 from medvdm.models import vdm
-from medvdm.runs.config import RunConfig
+from medvdm.runs.config import BenchmarkConfig, RunConfig, settings
 from medvdm.runs.record import environment, version
 from medvdm.training import batches as batches_
 from medvdm.training.devices import Layout
 from medvdm.training.step import augmentations, init_state, jit_step
+
+DEFAULTS = BenchmarkConfig()
 
 
 def plain_loss(config: RunConfig, p: dict[str, Any], x: jax.Array, labels: jax.Array | None, key: jax.Array) -> Any:
@@ -122,13 +124,13 @@ def plain_step(config: RunConfig) -> Any:
     return jax.jit(step, donate_argnums=0), start
 
 
-def run(config: RunConfig, *, repeats: int = 20, roofline: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, how: BenchmarkConfig = DEFAULTS, **changes: Any) -> dict[str, Any]:
     """Benchmark a config on phantoms.
 
     Args:
         config: what to time.
-        repeats: how many pairs of steps.
-        roofline: also measure the machine's ceilings and say how far above the least time the step is.
+        how: how it is timed.
+        changes: settings of :class:`medvdm.runs.config.BenchmarkConfig` by name: ``repeats``, ``roofline``.
 
     Returns:
         ``step_ms`` and ``plain_step_ms`` (medians), ``ratio`` (median of paired ratios), ``loop_over_step`` (time of
@@ -139,7 +141,8 @@ def run(config: RunConfig, *, repeats: int = 20, roofline: bool = False) -> dict
     Raises:
         InputError: repeats below 3; a schedule, T or term that the plain step does not have; or losses that differ.
     """
-    m, t = config.model, config.training
+    how = settings(how, changes)
+    m, t, repeats, roofline = config.model, config.training, how.repeats, how.roofline
     if repeats < 3:
         raise InputError(f"repeats: {repeats}; expected at least 3")
     plain = m.architecture == "residual" and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times

@@ -31,7 +31,7 @@ BASIS = "basis"  #: the part of the parameters that is measured from the trainin
 
 @dataclass(frozen=True, kw_only=True)
 class VDMConfig:
-    """The settings of the model. The defaults are the paper's (see `paper-literal` for its text taken literally)."""
+    """The settings of the model. Its defaults are those of the preset `paper`."""
 
     image_shape: tuple[int, int, int] = (256, 256, 1)
     """Height, width, channels; `fit` takes it from the data."""
@@ -40,7 +40,7 @@ class VDMConfig:
     timesteps: int = 0
     """T of the discrete-time bound; 0 is continuous time."""
     gamma_min: float = -5.0
-    """gamma = -log SNR at t = 0. At -5 the printed diffusion loss and the printed rate fit together."""
+    """gamma = -log SNR at t = 0. At -5 the diffusion loss and the rate that the paper prints fit together."""
     gamma_max: float = 1.0
     """gamma at t = 1."""
     schedule: Literal["fixed-linear", "fixed-cosine", "learned-linear", "monotonic"] = "fixed-linear"

@@ -13,6 +13,7 @@ from medvdm.data import ImageData
 from medvdm.errors import DataError, InputError
 from medvdm.evaluation import held_out as held_out_
 from medvdm.evaluation.audit import LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
+from medvdm.runs.config import AuditConfig, settings
 from medvdm.runs.run import Run, changed, load_data
 from medvdm.runs.sample import check_seed, sample
 from medvdm.runs.store import AUDITS, write_json
@@ -20,19 +21,16 @@ from medvdm.training.devices import first_process, joined, own_parts
 
 LEAST = 10  #: images of a set; with fewer, none of the numbers means much
 PART = 2**24  #: values of the part of the training images that is in memory at a time: 64 MiB
+DEFAULTS = AuditConfig()
 
 
 def audit(
     run: Run,
     data: ImageData | None = None,
+    config: AuditConfig = DEFAULTS,
     *,
-    num: int = 256,
-    steps: int = 250,
-    label: str | None = None,
-    guidance: float = 0.0,
-    split: str = "test",
-    seed: int = 0,
     save: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Draw samples and audit them; the same audits of the sets of :func:`audit_sets` stand beside them.
 
@@ -41,35 +39,40 @@ def audit(
     Args:
         run: from :func:`load`.
         data: the run's own data, where it has to be given again; loaded if None.
-        num: images of each set, at most: the held-out splits may have fewer.
-        steps, label, guidance: as in :func:`sample`.
-        split: the real images that all are held against, 'val' or 'test'. With a label, those that have it.
-        seed: of the samples, of which real images are drawn, of the pairs and the folds.
+        config: the settings.
         save: also write the result into the run's folder, under ``audits/``.
+        changes: settings of :class:`medvdm.runs.config.AuditConfig` by name: ``num``, ``split``, ``label``, ...
 
     Returns:
         For each set, the result of :func:`medvdm.evaluation.audit.audit_set`, and what they were computed from.
 
     Raises:
-        InputError: fewer than 10 samples, another split, fewer than four held-out patients, or as in :func:`sample`.
+        InputError: an unknown setting, fewer than 10 samples, another split, fewer than four held-out patients, or as in :func:`sample`.
         RunError: data that the run was not trained on.
         DataError: the split has no image, or none with the label.
     """
+    config = settings(config, changes)
     data = load_data(run) if data is None else data
-    sets = audit_sets(run, data, num=num, steps=steps, label=label, guidance=guidance, split=split, seed=seed)
+    sets = audit_sets(run, data, config)
     held_out = sets.pop("held_out")
     space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
     nearest = nearest_training(sets, data, space)
     result = {
-        **run.provenance(seed=seed, steps_sampled=steps, label=label, guidance=guidance),
-        "split": split,
+        **run.provenance(
+            seed=config.seed, steps_sampled=config.steps, label=list(config.label), guidance=config.guidance
+        ),
+        "split": config.split,
         "num_images": len(held_out.images),
-        **{name: compare_set(one, held_out, space, seed=seed) | nearest[name].summary() for name, one in sets.items()},
+        **{
+            name: compare_set(one, held_out, space, seed=config.seed) | nearest[name].summary()
+            for name, one in sets.items()
+        },
     }
     if save and first_process():
         (run.path / AUDITS).mkdir(exist_ok=True)
-        name = f"{split}-{run.step}-{run.weights}-{len(held_out.images)}x{steps}-seed{seed}"
-        name += "" if label is None else f"-{data_.index_of(label, run.class_names, 'label')}-w{guidance:g}"
+        name = f"{config.split}-{run.step}-{run.weights}-{len(held_out.images)}x{config.steps}-seed{config.seed}"
+        if config.label:
+            name += f"-{'+'.join(str(i) for i in _indices(config, run))}-w{config.guidance:g}"
         write_json(run.path / AUDITS / f"{name}.json", result)
     return result
 
@@ -77,13 +80,8 @@ def audit(
 def audit_sets(
     run: Run,
     data: ImageData,
-    *,
-    num: int,
-    steps: int,
-    label: str | None = None,
-    guidance: float = 0.0,
-    split: str = "test",
-    seed: int = 0,
+    config: AuditConfig = DEFAULTS,
+    **changes: Any,
 ) -> dict[str, Set]:
     """The sets of images that an audit compares, each with the name of every image's patient, all of one size.
 
@@ -97,6 +95,8 @@ def audit_sets(
     Raises:
         as :func:`audit`.
     """
+    config = settings(config, changes)
+    num, split, seed = config.num, config.split, config.seed
     if num < LEAST:
         raise InputError(f"num: {num}; expected at least {LEAST}")
     if split not in ("val", "test"):
@@ -106,11 +106,11 @@ def audit_sets(
         raise changed(run)
     # Not training images: the components, which are a feature space of the audit, were fitted on those.
     held_out, other = data.indices(split), np.flatnonzero(data.splits == ("val" if split == "test" else "test"))
-    if label is not None:
-        index = data_.index_of(label, run.class_names, "label")
-        held_out, other = (i[data.labels[i, index] > 0] for i in (held_out, other))
+    if config.label:
+        wanted = _indices(config, run)
+        held_out, other = (i[data.labels[i][:, wanted].all(axis=1)] for i in (held_out, other))
         if not len(held_out):
-            raise DataError(f"{data.name}: no image of '{label}' in '{split}'; expected some")
+            raise DataError(f"{data.name}: no image of '{' and '.join(config.label)}' in '{split}'; expected some")
     if (patients := _patients(held_out, data)) < LEAST_PATIENTS:
         raise InputError(f"split: '{split}' has images of {patients} patients; expected at least {LEAST_PATIENTS}")
     # A column of few images costs all sets their size.
@@ -120,7 +120,7 @@ def audit_sets(
     if yardstick:
         other = other[draw(len(other), n, seed)]
         yardstick = _patients(other, data) >= LEAST_PATIENTS
-    drawn = sample(run, n, steps=steps, label=label, guidance=guidance, seed=seed).images
+    drawn = sample(run, n, steps=config.steps, label=config.label, guidance=config.guidance, seed=seed).images
     x = data.read(held_out)
     linear = run.baselines.sample(n, seed)
     sets = {
@@ -166,6 +166,10 @@ def _decoded(run: Run, x: np.ndarray, seed: int) -> np.ndarray:
         for i, part in enumerate(rows)
     ]
     return np.concatenate(decoded)[: len(x)]
+
+
+def _indices(config: AuditConfig, run: Run) -> list[int]:
+    return [data_.index_of(name, run.class_names, "label") for name in config.label]
 
 
 def _patients(rows: np.ndarray, data: ImageData) -> int:

@@ -1,7 +1,8 @@
-"""The settings of a run, the presets, and their JSON form.
+"""The settings of a run with their JSON form, and the settings of what is done with a run.
 
 A run is described by :class:`RunConfig` and nothing else. ``config.json`` in the run's folder is its JSON form, and a
-run is only ever resumed or evaluated from that file.
+run is only ever resumed or evaluated from that file. What ``evaluate``, ``sample``, ``audit`` and ``benchmark`` take
+is declared here once: the Python functions and the options of the command line are these fields.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from medvdm.data import DataConfig
-from medvdm.errors import InputError, RunError
+from medvdm.errors import InputError, RunError, nearest
 from medvdm.models.vdm import VDMConfig
 from medvdm.training.step import TrainConfig, check
 
@@ -65,6 +68,86 @@ class RunConfig:
         check(self.model, self.training)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How a run is evaluated."""
+
+    split: str = "test"
+    """Which images, which is train, val, test or all."""
+    null: bool = False
+    """Evaluate a conditional model without the labels."""
+    draws: int = 8
+    """Independent draws of time and noise per image; the standard error needs at least 2."""
+    batch_size: int = 32
+    """Images at a time; the result does not depend on it."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn from a run."""
+
+    num: int = 16
+    """How many images."""
+    steps: int = 250
+    """Steps T of the ancestral chain."""
+    label: tuple[str, ...] = ()
+    """Class to draw from, given again for each further one; by default the model's null, 'no label given'."""
+    guidance: float = 0.0
+    """Guidance weight w in eps = (1 + w) conditional - w null; needs a label."""
+    seed: int = 0
+    """Seed of the samples; sample i of a seed is always the same, however many are drawn."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", labels_of(self.label))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(SampleConfig):
+    """How samples of a run are audited: how they are drawn, and which real images they are held against."""
+
+    num: int = 256
+    """Images of each set, at least 10 and at most as many as the held-out splits have."""
+    split: str = "test"
+    """The real images that all are held against, val or test; with a label, those that have it."""
+    seed: int = 0
+    """Seed of the samples, of which real images are drawn, of the pairs and the folds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """How a training step is timed."""
+
+    repeats: int = 20
+    """Timed pairs of steps, at least 3."""
+    roofline: bool = False
+    """Also measure the machine's ceilings and say how far above the least possible time the step is."""
+
+
+def labels_of(label: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of classes as a tuple: one name, several, or None for none."""
+    if label is None:
+        return ()
+    return (label,) if isinstance(label, str) else tuple(map(str, label))
+
+
+Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig)
+
+
+def settings(start: Settings, changes: dict[str, Any]) -> Settings:
+    """The settings ``start`` with some changed by name.
+
+    Raises:
+        InputError: a name that is no setting, with the nearest.
+    """
+    names = [f.name for f in dataclasses.fields(start)]
+    for name in changes:
+        if name not in names:
+            raise InputError(f"setting: '{name}' is unknown; {nearest(name, names)}")
+    return dataclasses.replace(start, **changes)
+
+
 def change(config: RunConfig, **changes: Any) -> RunConfig:
     """Replace settings by name in whichever part of the config holds them."""
     parts: dict[str, Any] = {}
@@ -96,22 +179,9 @@ def flat(config: RunConfig) -> dict[str, Any]:
 FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints")
 
 
-#: Settings that came after runs had been kept, with the value that stands for a record without them. Where they have
-#: it they leave no trace in the fingerprint, so those runs and their checkpoints stay good.
-LATER = {
-    **{"learn_ends": False, "schedule_objective": "bound", "schedule_rate": 1.0},
-    **{"architecture": "residual", "basis_copies": 0},
-    **{"augment_shift": 0.0, "augment_size": 0.0, "augment_exposure": 0.0},
-}
-
-
 def fingerprint(config: RunConfig) -> str:
     """A short hash of all settings that define the run's numbers; each checkpoint carries it."""
-    fixed = {
-        name: value
-        for name, value in flat(config).items()
-        if name not in FREE_ON_RESUME and (name not in LATER or value != LATER[name])
-    }
+    fixed = {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -120,42 +190,29 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(record: dict[str, Any], where: str = "config") -> RunConfig:
+def from_json(record: Any, where: str = "config") -> RunConfig:
     """The inverse of :func:`to_json`.
 
     Raises:
-        RunError: a setting is missing, unknown, or of a wrong type: a config of another version.
+        RunError: a setting is missing, unknown, of a wrong type or out of range: a config of another version.
     """
     try:
-        return _build(RunConfig, record)
-    except (TypeError, KeyError, InputError) as problem:
-        raise RunError(f"{where}: {problem}; expected a config written by this version of medvdm") from None
+        config = msgspec.convert(record, RunConfig)
+    except msgspec.ValidationError as problem:
+        text = str(problem).replace("$.", "").replace("`", "")
+        raise RunError(f"{where}: {text}; expected a config written by this version of medvdm") from None
+    # A dataclass has a default for what a record lacks, and does not notice what it has too much.
+    written, read = _names(record), _names(to_json(config))
+    for what, names in {"missing": read - written, "unknown": written - read}.items():
+        if names:
+            listed = ", ".join(sorted(names))
+            raise RunError(f"{where}: settings {what}: {listed}; expected a config written by this version of medvdm")
+    return config
 
 
-def _build(kind: type, record: Any) -> Any:
-    if not isinstance(record, dict):
-        raise TypeError(f"{kind.__name__}: {record!r} is not an object")
-    hints = typing.get_type_hints(kind)
-    missing = [f.name for f in dataclasses.fields(kind) if f.name not in record and f.name not in LATER]
-    unknown = [name for name in record if name not in hints]
-    if missing or unknown:
-        raise TypeError(f"settings missing: {missing}, unknown: {unknown}")
-    return kind(**{name: _value(hints[name], value, name) for name, value in record.items()})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value)
-    origin = typing.get_origin(hint)
-    if origin is tuple:  # JSON has lists only
-        if not isinstance(value, list) or [type(v) for v in value] != list(typing.get_args(hint)):
-            raise TypeError(f"{name}: {value!r} is not {hint}")
-        return tuple(value)
-    if origin is typing.Literal:
-        return value
-    allowed = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) not in allowed:
-        raise TypeError(f"{name}: {value!r} is not {hint}")
-    return value
+def _names(record: dict[str, Any], prefix: str = "") -> set[str]:
+    """The names of a nested record's values, joined by dots."""
+    names: set[str] = set()
+    for name, value in record.items():
+        names |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
+    return names

@@ -12,7 +12,10 @@ from medvdm import data as data_
 from medvdm.errors import InputError
 from medvdm.models.generate import generate
 from medvdm.runs import provenance as provenance_
+from medvdm.runs.config import SampleConfig, settings
 from medvdm.runs.run import Run
+
+DEFAULTS = SampleConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class Samples:
 
     Attributes:
         images: (n, h, w, c) float32 in [0, 1], the Bernoulli means.
-        labels: (n,) class indices; -1 where no label was given.
+        findings: (n, k) uint8, multi-hot: 1 where an image was drawn for a class; all 0 where no label was given.
         class_names: the names behind the indices.
         provenance: run, version, seed, ...
         states: (k, n, h, w, c) intermediate states, noisiest first; see :class:`medvdm.models.generate.Samples`.
@@ -29,18 +32,23 @@ class Samples:
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    findings: np.ndarray
     class_names: tuple[str, ...]
     provenance: dict[str, Any]
     states: np.ndarray
     times: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) class indices; -1 where no label was given, or several."""
+        return provenance_.index_of_one(self.findings)
 
     def save(self, path: str | Path) -> None:
         """Write .npz or .png, marked as synthetic."""
         provenance_.write_samples(
             Path(path),
             images=self.images,
-            labels=self.labels,
+            findings=self.findings,
             class_names=self.class_names,
             provenance=self.provenance,
         )
@@ -48,45 +56,41 @@ class Samples:
 
 def sample(
     run: Run,
-    num: int = 16,
+    num: int | None = None,
+    config: SampleConfig = DEFAULTS,
     *,
-    steps: int = 250,
-    label: str | None = None,
-    guidance: float = 0.0,
-    seed: int = 0,
     z: np.ndarray | None = None,
     first: int | None = None,
     num_states: int = 1,
+    **changes: Any,
 ) -> Samples:
     """Draw synthetic images.
 
     Args:
         run: from :func:`load`.
-        num: how many.
-        steps: T of the ancestral chain.
-        label: name of a class; None draws from the trained null (or an unconditional model).
-        guidance: w in eps_hat = (1 + w) eps_hat(label) - w eps_hat(null); needs a label.
-        seed: sample i of a seed is always the same.
+        num: how many; as in ``config`` if None.
+        config: the settings.
         z, first, num_states: see :func:`medvdm.models.generate.generate`.
+        changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``label`` (the name of a
+            class, or several names for images that carry all of them), ``guidance``, ``seed``.
 
     Raises:
-        InputError: a bad count or seed, an unknown label, or a label for an unconditional model.
+        InputError: an unknown setting, a bad count or seed, an unknown label, or a label for an unconditional model.
     """
+    config = settings(config, changes if num is None else {**changes, "num": num})
+    num, seed, names = config.num, config.seed, run.class_names
     check_seed(seed)
-    labels, index = None, -1
-    if label is not None:
-        if not run.config.model.classes:
-            raise InputError(f"label: '{label}', but the run is unconditional; expected none")
-        index = data_.index_of(label, run.class_names, "label")
-        labels = np.zeros((max(num, 1), len(run.class_names)), np.float32)
-        labels[:, index] = 1.0
+    if config.label and not run.config.model.classes:
+        raise InputError(f"label: '{config.label[0]}', but the run is unconditional; expected none")
+    findings = np.zeros((max(num, 0), len(names)), np.uint8)
+    findings[:, [data_.index_of(name, names, "label") for name in config.label]] = 1
     drawn = generate(
         run.graph,
         run.params,
         num=num,
-        steps=steps,
-        labels=labels,
-        guidance=guidance,
+        steps=config.steps,
+        labels=findings.astype(np.float32) if config.label else None,
+        guidance=config.guidance,
         seed=seed,
         z=z,
         first=first,
@@ -94,9 +98,9 @@ def sample(
     )
     return Samples(
         images=drawn.images,
-        labels=np.full(num, index, np.int64),
-        class_names=run.class_names,
-        provenance=run.provenance(seed=seed, steps=steps, guidance=guidance, label=label),
+        findings=findings,
+        class_names=names,
+        provenance=run.provenance(seed=seed, steps=config.steps, guidance=config.guidance, label=list(config.label)),
         states=drawn.states,
         times=drawn.times,
     )

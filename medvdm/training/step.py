@@ -33,14 +33,14 @@ OBJECTIVES = ("bound", "variance")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The settings of training. The defaults are the paper's."""
+    """How the model is trained."""
 
     steps: int = 20_000
     """Optimiser steps; also the length of the cosine."""
     batch_size: int = 1
     """Images per step, over all devices and processes."""
     seed: int = 0
-    """Of the initial weights, the order of the images, the times and the noise."""
+    """Seed of the initial weights, the order of the images, the times and the noise."""
     learning_rate: float = 8e-4
     """Peak learning rate."""
     warmup_steps: int = 250

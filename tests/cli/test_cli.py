@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import numpy as np
 import pytest
 import tiny
 from helpers import STEPS, Trained, refused, said, tree
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import medvdm
 from medvdm import errors
-from medvdm.cli.main import main
+from medvdm.cli import options
+from medvdm.cli.main import main, parse
 from medvdm.data import DataConfig
 from medvdm.models.vdm import VDMConfig
 from medvdm.runs import config as config_
@@ -202,12 +207,12 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = (DataConfig, VDMConfig, TrainConfig, KeepConfig)
     every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
     assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective"}
-    options = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     config, rest = caught_config(
         monkeypatch,
         "--preset",
         "paper",
-        *options,
+        *words,
         "--no-stratified-times",
         "--learn-ends",
         "--conditional",
@@ -248,6 +253,131 @@ def test_resume_keeps_what_is_not_said_again(trained: Trained, monkeypatch: pyte
     old = config_.flat(read_record(trained.path)[1])
     new = config_.flat(config)
     assert {name for name in new if new[name] != old[name]} - FROM_DATA == {"checkpoint_every"}
+
+
+# Names that mean something to a parser
+
+NAMES = [
+    "None",
+    "none",
+    "True",
+    "False",
+    "1",
+    "-1",
+    "nan",
+    "null",
+    "[]",
+    "{}",
+    "a b",
+    "胸部",
+    "--",
+    "-x",
+    "--out",
+    "a=b",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_text(name: str) -> None:
+    """Whatever a folder, a class or a pattern is called."""
+    drawn = parse(options.Sample, [f"--label={name}", f"--out={name}", "--", name], "sample")
+    assert (drawn.run, drawn.out, drawn.drawing.label) == (name, name, (name,))
+    evaluated = parse(options.Evaluate, [f"--data={name}", f"--data-dir={name}", "--", name], "evaluate")
+    assert (evaluated.run, evaluated.data, evaluated.data_dir) == (name, name, name)
+    given = [f"--{option}={name}" for option in ("out", "data", "data-dir", "patient-pattern", "coordinator")]
+    trained = parse(options.Train, given, "train", options.train_defaults(preset("demo")))
+    found = (trained.out, trained.data.data, trained.data.data_dir, trained.data.patient_pattern, trained.coordinator)
+    assert found == (name,) * 5
+    start, _ = parse(options.Start, given, "train", add_help=False, return_unknown_args=True)
+    assert start.out == name
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not (n.startswith("-") and not n[1:].isdigit())])
+def test_a_name_needs_no_equals_sign_unless_it_looks_like_an_option(name: str) -> None:
+    drawn = parse(options.Sample, [name, "--label", name, "--label", "Mass", "--out", name], "sample")
+    assert (drawn.run, drawn.out, drawn.drawing.label) == (name, name, (name, "Mass"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("train --out x --resume=True", "--resume: 'True'; expected no value after --resume (see medvdm train --help)"),
+        ("train", "--out: missing; expected the folder of the run (see medvdm train --help)"),
+        ("train --out=", "--out: ''; expected the folder of the run"),
+        ("train --out x --fit squash", "--fit: 'squash'; (choices: pad, crop, stretch)"),
+        ("train --out x --dtype floot32", "--dtype: 'floot32'; did you mean 'float32'?"),
+        ("train --out x --steps ten", "--steps: 'ten'; expected a whole number (see medvdm train --help)"),
+        ("train --out x --b1 much", "--b1: 'much'; expected a number (see medvdm train --help)"),
+        ("train --out x --lerning-rate 1", "--lerning-rate, 1: unknown; did you mean '--learning-rate'?"),
+        ("train --out x --tyro-print-completion no", "unknown"),
+        ("train --tyro-print-completion no", "--tyro-print-completion: unknown"),
+        (
+            "sample r --out a.png --label -x",
+            "--label: no value; expected one (one that begins with '-' is written --lab",
+        ),
+        ("sample r", "--out: missing; expected the file to write"),
+        ("sample --out a.png", "RUN: missing; expected the folder of the run"),
+        ("audit -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
+        ("evaluate r s", "s: unknown"),
+        ("evaluate r --draws", "--draws: no value; expected one"),
+    ],
+)
+def test_what_the_parser_refuses_is_said_in_one_plain_line(
+    argv: str, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    refused(capfd, *argv.split(), names=[line])
+
+
+def test_a_long_name_is_not_broken(capfd: pytest.CaptureFixture[str]) -> None:
+    name = "--" + "a-name-that-is-longer-than-a-terminal-is-wide" * 4
+    refused(capfd, "evaluate", "r", name, names=[f"medvdm: {name}: unknown"])
+
+
+WORDS = st.one_of(
+    st.sampled_from(["train", "evaluate", "sample", "audit", "benchmark", "--help", "-h", "--version", "--", "-", ""]),
+    st.sampled_from(
+        "out preset resume no-resume steps seed label data data-dir image-size split num guidance json ema step "
+        "coordinator num-processes gamma-min dtype fit image-shape classes drawing.num tyro-print-completion".split()
+    ).flatmap(lambda name: st.sampled_from([f"--{name}", f"--{name.replace('-', '_')}", f"--{name}="])),
+    st.sampled_from(
+        ["3", "-3", "1e400", "nan", "0x10", "9" * 5000, "None", "paper", "demo", "a.png", "b", "=", "--=x"]
+    ),
+    st.text(st.characters(exclude_characters="\0"), max_size=8),
+    st.text(st.characters(exclude_characters="\0"), max_size=4).map(lambda text: f"--{text}"),
+)
+
+
+COMMANDS = ["train", "evaluate", "sample", "audit", "benchmark"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    command=st.sampled_from(["train", "evaluate", "sample", "audit", "benchmark"]), words=st.lists(WORDS, max_size=6)
+)
+@example(command="train", words=["--out", "x", "--seed", "9" * 5000])
+@example(command="sample", words=["r", "--label", "\udcff", "--out", "\udcff.jpg"])
+def test_random_arguments_never_give_a_traceback(
+    command: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The work itself is cut off; whatever is said is help on stdout, or one line on stderr."""
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise errors.InputError("cut off")
+
+    for place in ("runs.fit.fit", "runs.run.load", "cost.benchmark.run", "training.devices.start_processes"):
+        monkeypatch.setattr(f"medvdm.{place}", cut_off)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    try:
+        code = main([command, *words])
+    except SystemExit as stop:  # the help of a command
+        code = stop.code
+    out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
+    if code == 0:
+        assert "usage: medvdm" in out and not err
+    else:
+        assert code == 2 and not out
+        assert len(err.splitlines()) == 1 and err.startswith("medvdm: "), err
 
 
 # What is printed, and the exit codes

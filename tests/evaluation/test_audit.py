@@ -566,7 +566,7 @@ def test_audit_refuses(options: str, names: list[str], run: Path, capfd: pytest.
 
 def test_audit_of_no_run_and_of_other_data(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "audit", tmp_path / "nothing", names=[str(tmp_path / "nothing"), "not found"])
-    refused(capfd, "audit", names=["Folder of the run"])
+    refused(capfd, "audit", names=["RUN: missing", "folder of the run"])
     loaded = load(trained.path)
     other = medvdm.data.load(medvdm.DataConfig(num_images=60, image_size=16, data_seed=1))
     with pytest.raises(RunError, match="no longer"):

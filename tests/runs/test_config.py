@@ -124,8 +124,8 @@ def edited(path: Path, value: Any) -> dict[str, Any]:
         (("model", "image_shape"), ["a", "b", "c"], "image_shape"),
         (("model", "image_shape"), [16, 16, 1.0], "image_shape"),
         (("model", "image_shape"), 16, "image_shape"),
-        (("model",), 3, "VDMConfig"),
-        (("model",), None, "VDMConfig"),
+        (("model",), 3, "model"),
+        (("model",), None, "model"),
     ],
 )
 def test_a_record_of_another_version_or_with_a_wrong_type_is_refused(path: Path, value: Any, named: str) -> None:

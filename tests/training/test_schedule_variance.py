@@ -1,8 +1,6 @@
 """The objective of a schedule's interior: one backward pass gives the gradients that two would, and they lead there."""
 
 import dataclasses
-import hashlib
-import json
 import math
 
 import jax
@@ -357,14 +355,7 @@ def test_other_settings_that_cannot_be(unchecked):
             VDMConfig(schedule=schedule, learn_ends=True)
 
 
-def test_records_and_checkpoints_from_before_these_settings_stay_good():
-    now = medvdm.preset("demo")
-    record = config_.to_json(now)
-    del record["model"]["learn_ends"], record["training"]["schedule_objective"], record["training"]["schedule_rate"]
-    assert config_.from_json(record) == now
-    old = {k: v for k, v in config_.flat(now).items() if k not in (*config_.FREE_ON_RESUME, *config_.LATER)}
-    by_hand = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()[:16]
-    assert config_.fingerprint(now) == by_hand
+def test_the_objective_leaves_a_trace_in_the_fingerprint():
     learned = medvdm.preset("demo", schedule="monotonic", schedule_objective="variance")
     assert config_.fingerprint(learned) != config_.fingerprint(medvdm.preset("demo", schedule="monotonic"))
     assert config_.from_json(config_.to_json(learned)) == learned

@@ -1,0 +1,315 @@
+"""The model card: what a reader needs, from the run's own record and from nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+
+from medvdm.errors import MissingFileError
+from medvdm.runs import config, model_card
+from medvdm.runs.presets import preset
+from medvdm.runs.provenance import SYNTHETIC
+
+EVALUATION = {
+    "data": "phantom",
+    "own_data": True,
+    "split": "test",
+    "weights": "ema",
+    "labels": "true",
+    "step": 2000,
+    "num_images": 1234,
+    "num_patients": 617,
+    "reconstruction_bpd": 0.61234,
+    "diffusion_bpd": 0.00421,
+    "latent_bpd": 0.0000574,
+    "vlb_bpd": 0.61661,
+    "vlb_bpd_stderr": 0.00212,
+    "floor_bpd": 0.58931,
+    "excess_bpd": 0.0273,
+    "rate_bits_per_image": 17.44,
+    "psnr_db": 21.987,
+    "ssim": 0.7654,
+    "pca64_bpd": 0.59,
+    "mean_image_bpd": 0.7312,
+    "lingauss_bpd": None,
+}
+DATA = {
+    "phantom": {
+        "name": "phantom",
+        "origin": "procedural chest radiographs drawn by medvdm (seed 0); no real patient",
+        "split_rule": "sha256 of the patient, mod 10: 0 and 1 test, 2 validation, the rest training",
+        "counts": {
+            "train": {"images": 4321, "patients": 2161},
+            "val": {"images": 250, "patients": 125},
+            "test": {"images": 1234, "patients": 617},
+        },
+        "class_names": ["No Finding", "Pneumonia"],
+        "image_shape": [64, 64, 1],
+        "fingerprint": "0123456789abcdef",
+        "notes": ["drawn, not measured"],
+    },
+    "nih": {
+        "name": "nih",
+        "origin": "NIH ChestX-ray14 (Wang et al., CVPR 2017; provider: NIH Clinical Center), labels of Data_Entry.csv",
+        "split_rule": "sha256 of the patient",
+        "counts": {"train": {"images": 538, "patients": 364}},
+        "class_names": ["Effusion"],
+        "image_shape": [256, 256, 1],
+        "fingerprint": "f",
+        "notes": ["111,320 of the 112,120 images in the label file are not there"],
+    },
+    "pathmnist": {
+        "name": "pathmnist",
+        "origin": "PathMNIST of MedMNIST (Yang et al., Scientific Data 2023; CC BY 4.0), file pathmnist.npz",
+        "split_rule": "official",
+        "counts": {"train": {"images": 10, "patients": 10}},
+        "class_names": ["adipose", "mucus"],
+        "image_shape": [28, 28, 3],
+        "fingerprint": "f",
+        "notes": ["the file names no patients"],
+    },
+    "folder": {
+        "name": "folder",
+        "origin": "12 image files given by the user, folder 'knees'",
+        "split_rule": "sha256 of the patient",
+        "counts": {"train": {"images": 12, "patients": 6}},
+        "class_names": ["left", "right"],
+        "image_shape": [32, 32, 1],
+        "fingerprint": "f",
+        "notes": [],
+    },
+}
+
+
+def record_of(data: str = "phantom") -> dict[str, Any]:
+    settings = preset("demo", data=data, **({"data_dir": "/home/someone/images"} if data != "phantom" else {}))
+    return copy.deepcopy(
+        {
+            "version": "0.1.0",
+            "config": config.to_json(settings),
+            "data": DATA[data],
+            "environment": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8", "devices": "2 x cpu"},
+            "training": {"steps_done": 2000, "seconds": 250.0, "last": {"vlb_bpd": 0.62, "latent_bpd": 6e-5}},
+            "evaluations": [{**EVALUATION, "data": data}],
+        }
+    )
+
+
+def row(card: str, title: str) -> list[str]:
+    """The cells of the one table row with this title."""
+    (found,) = [line for line in card.splitlines() if line.startswith(f"| {title} |")]
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_card_has_all_sections_once_and_in_order() -> None:
+    card = model_card.model_card(record_of())
+    assert card.startswith("# Model card: medvdm on phantom\n")
+    assert re.findall(r"^## (.*)$", card, re.M) == [
+        "Intended use",
+        "Data",
+        "Settings and training",
+        "Results",
+        "Limits",
+        "Marks on its samples",
+        "How to cite",
+    ]
+    assert "Not for clinical use" in card.split("##")[0] and "Not for clinical use" in section(card, "Intended use")
+    assert SYNTHETIC in section(card, "Marks on its samples")
+    cite = section(card, "How to cite")
+    assert "10.3390/jimaging9090171" in cite and "2107.00630" in cite
+    assert card.endswith("\n") and not card.endswith("\n\n")
+
+
+def test_card_gives_the_data_as_recorded() -> None:
+    card = model_card.model_card(record_of())
+    text = section(card, "Data")
+    for exact in (
+        DATA["phantom"]["origin"],
+        DATA["phantom"]["split_rule"],
+        "0123456789abcdef",
+        "64 x 64 pixels (gray)",
+        "No Finding, Pneumonia",
+        "Note: drawn, not measured",
+    ):
+        assert exact in text
+    assert row(card, "train") == ["train", "4,321", "2,161"]
+    assert row(card, "val") == ["val", "250", "125"]
+    assert row(card, "test") == ["test", "1,234", "617"]
+
+
+def test_card_gives_the_results_with_units() -> None:
+    card = model_card.model_card(record_of())
+    assert row(card, "negative bound (total)") == ["negative bound (total)", "bits/dim", "0.6166"]
+    assert row(card, "its standard error")[1:] == ["bits/dim", "0.0021"]
+    assert row(card, "reconstruction")[1:] == ["bits/dim", "0.6123"]
+    assert row(card, "diffusion")[1:] == ["bits/dim", "0.0042"]
+    assert row(card, "latent (prior)")[1:] == ["bits/dim", "5.74e-05"]
+    assert row(card, "floor of these images")[1:] == ["bits/dim", "0.5893"]
+    assert row(card, "**excess over the floor**")[1:] == ["bits/dim", "0.0273"]
+    assert row(card, "**rate**")[1:] == ["bits/image", "17.4"]
+    assert row(card, "PSNR of the reconstruction")[1:] == ["dB", "21.99"]
+    assert row(card, "SSIM of the reconstruction")[1:] == ["", "0.765"]
+    assert row(card, "baseline: mean image")[1:] == ["bits/dim", "0.7312"]
+    assert row(card, "baseline: PCA-64, no rate charged")[1:] == ["bits/dim", "0.5900"]
+    assert row(card, "baseline: linear-Gaussian VDM, total")[1:] == ["bits/dim", "–"]
+    assert row(card, "images")[2] == "1,234" and row(card, "patients")[2] == "617"
+    text = section(card, "Results")
+    assert "| test, averaged weights, labels given, step 2,000 |" in text
+    for words in ("floor", "not comparable", "one cluster", "bits for a whole image"):
+        assert words in " ".join(text.replace("**", "").split())
+
+
+def test_every_evaluation_has_a_column_of_its_own() -> None:
+    record = record_of()
+    record["evaluations"].append({**EVALUATION, "split": "val", "weights": "raw", "labels": "null", "vlb_bpd": 0.7})
+    record["evaluations"].append({"split": "test", "data": "nih", "own_data": False, "vlb_bpd": 0.9})
+    card = model_card.model_card(record)
+    assert row(card, "negative bound (total)")[2:] == ["0.6166", "0.7000", "0.9000"]
+    assert row(card, "**rate**")[2:] == ["17.4", "17.4", "–"]
+    assert "| val, raw weights, labels withheld, step 2,000 | test, of other data: nih |" in card
+
+
+@pytest.mark.parametrize("evaluations", [[], None, "absent"])
+def test_card_of_a_run_without_evaluation_says_so(evaluations) -> None:
+    record = record_of()
+    if evaluations == "absent":
+        del record["evaluations"]
+    else:
+        record["evaluations"] = evaluations
+    card = model_card.model_card(record)
+    assert "not been evaluated" in section(card, "Results") and "not been evaluated" in section(card, "Limits")
+    assert "|" not in section(card, "Results") and "bits" not in section(card, "Results")
+    assert "not been evaluated" not in model_card.model_card(record_of())
+
+
+def test_card_warns_where_no_evaluation_is_held_out() -> None:
+    record = record_of()
+    record["evaluations"][0]["split"] = "train"
+    assert "held-out" in section(model_card.model_card(record), "Limits")
+    assert "held-out" not in section(model_card.model_card(record_of()), "Limits")
+
+
+#: Words that belong to one source of data: a card on other data must not contain them.
+WORDS = {
+    "phantom": ("phantom", "procedur", "radiograph", "Pneumonia"),
+    "nih": ("nih", "ChestX-ray", "Wang et al", "text-mined", "Effusion", "Data_Entry"),
+    "pathmnist": ("mnist", "Yang et al", "adipose", "patients are unknown"),
+    "folder": ("knees", "as the user gave them", "given by the user"),
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_card_speaks_of_its_own_data_and_of_no_other(data) -> None:
+    card = model_card.model_card(record_of(data)).casefold()
+    for word in WORDS[data]:
+        assert word.casefold() in card, word
+    for other, words in WORDS.items():
+        for word in words:
+            assert other == data or word.casefold() not in card, (other, word)
+    if data != "nih":
+        assert "chest" not in card.replace(DATA[data]["origin"].casefold(), "")
+    for number in ("112,120", "1,341", "5,856"):  # sizes of well-known sets, unless the record has them
+        assert number not in card or any(number in note for note in DATA[data]["notes"])
+
+
+def test_card_of_text_mined_chestmnist() -> None:
+    record = record_of("pathmnist")
+    record["data"] |= {"name": "chestmnist", "origin": "ChestMNIST of MedMNIST, file chestmnist.npz"}
+    limits = section(model_card.model_card(record), "Limits")
+    assert "text-mined" in limits and "patients are unknown" in limits
+
+
+def test_card_shows_all_settings_but_not_where_the_folder_lies() -> None:
+    record = record_of("folder")
+    card = model_card.model_card(record)
+    shown = json.loads(re.search(r"```json\n(.*?)\n```", card, re.S).group(1))
+    assert shown["data"]["data_dir"] == "images" and "/home/someone" not in card
+    shown["data"]["data_dir"] = record["config"]["data"]["data_dir"]
+    assert shown == record["config"]
+    assert record == record_of("folder")  # the record itself is not changed
+    for text in ("3.11.7", "0.12.8", "2 x cpu", "4 min", "latent (prior) 6.00e-05", "total 0.6200"):
+        assert text in section(card, "Settings and training")
+
+
+def test_card_says_whether_training_is_finished() -> None:
+    record = record_of()
+    assert "Training steps: 2,000\n" in model_card.model_card(record)
+    record["training"]["steps_done"] = 700
+    assert "Training steps: 700 of 2,000: **not finished**" in model_card.model_card(record)
+
+
+def test_card_says_what_the_model_is_conditional_on() -> None:
+    record = record_of()
+    assert "conditional on the class (No Finding, Pneumonia)" in model_card.model_card(record)
+    record["config"]["conditional"] = False
+    assert "unconditional" in model_card.model_card(record)
+
+
+def every_key(record: Any, path: tuple = ()) -> list[tuple]:
+    """The path of every key of a nested record."""
+    if isinstance(record, dict):
+        return [p for k, v in record.items() for p in ((*path, k), *every_key(v, (*path, k)))]
+    if isinstance(record, list):
+        return [p for i, v in enumerate(record) for p in every_key(v, (*path, i))]
+    return []
+
+
+def test_card_needs_no_key_of_the_record() -> None:
+    full = record_of()
+    for path in every_key(full):
+        for absent in (True, False):
+            record = copy.deepcopy(full)
+            part = record
+            for step in path[:-1]:
+                part = part[step]
+            if absent:
+                del part[path[-1]]
+            else:
+                part[path[-1]] = None
+            card = model_card.model_card(record)
+            assert "Not for clinical use" in card and "None" not in card.split("```")[0] + card.split("```")[-1], path
+
+
+def test_card_of_an_empty_record() -> None:
+    card = model_card.model_card({})
+    assert "data are not recorded" in card and "settings are not recorded" in card and "not been evaluated" in card
+
+
+def test_text_of_the_record_cannot_break_the_card() -> None:
+    record = record_of()
+    record["data"]["name"] = "a|b"
+    record["data"]["counts"] = {"tr|ain": {"images": 1, "patients": 1}}
+    record["data"]["notes"] = [
+        "one\n\n## Results\n\nexcellent",
+        "<script>alert(1)</script>",
+        "*x* `y` [z](http://z) _a_ b_c",
+    ]
+    card = model_card.model_card(record)
+    assert len(re.findall(r"^## Results$", card, re.M)) == 1
+    assert "| tr\\|ain | 1 | 1 |" in card
+    assert "\\<script>" in card and "\\*x\\* \\`y\\` \\[z](http://z) \\_a\\_ b_c" in card
+
+
+def test_numbers_that_are_not_finite_are_dashes() -> None:
+    record = record_of()
+    record["evaluations"][0] |= {"vlb_bpd_stderr": float("nan"), "psnr_db": float("inf"), "ssim": None}
+    card = model_card.model_card(record)
+    for title in ("its standard error", "PSNR of the reconstruction", "SSIM of the reconstruction"):
+        assert row(card, title)[2] == "–"
+
+
+def test_write_card(tmp_path) -> None:
+    path = tmp_path / "MODEL_CARD.md"
+    model_card.write_card(path, record_of())
+    assert path.read_text(encoding="utf-8") == model_card.model_card(record_of())
+    with pytest.raises(MissingFileError, match="nowhere"):
+        model_card.write_card(tmp_path / "nowhere" / "card.md", {})
+    assert list(tmp_path.iterdir()) == [path]
