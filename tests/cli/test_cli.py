@@ -541,6 +541,20 @@ def test_sample_labels(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFi
     assert not (tmp_path / "no.npz").exists()
 
 
+def test_sample_of_several_findings(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The network is told of all of them; a file says which, and that no single label stands for them."""
+    one = draw(capfd, trained.path, tmp_path, "--num", "2", "--label", "Pneumonia")
+    both = draw(capfd, trained.path, tmp_path, "--num", "2", "--label", "Pneumonia", "--label", "No Finding")
+    assert one["findings"].tolist() == [[0, 1]] * 2 and one["labels"].tolist() == [1, 1]
+    assert both["findings"].tolist() == [[1, 1]] * 2 and both["labels"].tolist() == [-1, -1]
+    assert json.loads(str(both["provenance"]))["label"] == ["Pneumonia", "No Finding"]
+    assert not np.array_equal(one["images"], both["images"])
+    run = medvdm.load(trained.path)
+    names = ("No Finding", "Pneumonia")
+    np.testing.assert_array_equal(medvdm.sample(run, 2, steps=4, label=names).images, both["images"])
+    refused(capfd, "audit", trained.path, *(f"--label={n}" for n in names), names=["'No Finding and Pneumonia'"])
+
+
 def test_sample_png_is_a_marked_grid(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
