@@ -47,8 +47,8 @@ def audit(
         For each set, the result of :func:`medvdm.evaluation.audit.audit_set`, and what they were computed from.
 
     Raises:
-        InputError: an unknown setting, fewer than 10 samples, another split, fewer than four held-out patients, or as in
-            :func:`sample`.
+        InputError: an unknown setting, fewer than 10 samples, another split, fewer than four held-out patients, or as
+            in :func:`sample`.
         RunError: data that the run was not trained on.
         DataError: the split has no image, or none with the label.
     """
