@@ -185,7 +185,7 @@ def train(
 def totals(asked: RunConfig, params: vdm.Params, x: np.ndarray) -> np.ndarray:
     """The bound of each image in bits per dimension, the mean of the same draws in every row."""
     draws = held_out_.bound_terms(vdm.graph_of(asked.model), params, x, None, draws=DRAWS, key=jax.random.key(5))
-    return bound.bits_per_dim(draws.astype(np.float64).sum(axis=1).mean(axis=0), asked.model.image_shape)
+    return bound.bits_per_dim(draws.total.mean(axis=0), asked.model.image_shape)
 
 
 def parser() -> argparse.ArgumentParser:

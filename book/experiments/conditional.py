@@ -237,7 +237,7 @@ def null_checks(task: Task, free: Run) -> list[dict[str, object]]:
         "null": held_out.bound_terms(run.graph, run.params, x, None, draws=8, key=key),
         "unconditional": held_out.bound_terms(free.graph, free.params, x, None, draws=8, key=key),
     }
-    bpd = {name: terms.astype(np.float64).sum(axis=1).mean(axis=0) / dims for name, terms in bound.items()}
+    bpd = {name: terms.total.mean(axis=0) / dims for name, terms in bound.items()}
     for name, values in bpd.items():
         rows.append(
             {

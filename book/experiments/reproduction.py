@@ -85,7 +85,8 @@ def bound(run: Run, x: np.ndarray) -> np.ndarray:
 
     def terms(part: np.ndarray, number: int) -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(SEED), number)
-        return held_out.bound_terms(run.graph, run.params, part, None, draws=DRAWS, key=key).mean(0).T
+        drawn = held_out.bound_terms(run.graph, run.params, part, None, draws=DRAWS, key=key)
+        return np.stack([term.mean(axis=0) for term in drawn], axis=1)
 
     return by_parts(terms, x).T / (np.log(2) * run.config.model.dimensions)
 

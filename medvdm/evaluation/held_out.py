@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import flax.nnx as nnx
 import jax
@@ -31,15 +32,57 @@ from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.models import vdm
 from medvdm.models.likelihoods import bernoulli_mean
 from medvdm.theory import bound
-from medvdm.training.batches import padded_batches
+from medvdm.training.batches import padded_batches, padded_rows
+from medvdm.training.devices import Layout, joined, own_parts
+
+T = TypeVar("T")
+
+# --- Each image ---------------------------------------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """Independent draws of the bound's terms, in nats per image.
+
+    Attributes:
+        reconstruction, diffusion, prior: (draws, n) float64.
+    """
+
+    reconstruction: np.ndarray
+    diffusion: np.ndarray
+    prior: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """(draws, n): the negative bound."""
+        return self.reconstruction + self.diffusion + self.prior
+
+
+class ImageResults(NamedTuple):
+    """What an evaluation finds out about each image; nats per image unless said otherwise.
+
+    Attributes:
+        terms: of the bound.
+        floor: (n,) entropy of the pixels.
+        psnr: (n,) of the reconstruction, dB.
+        ssim: (n,) of the reconstruction; None for images too small for its window.
+        mean_image, pca64: (n,) cross-entropy of these baselines; None where they are not fitted.
+        lingauss, lingauss_rate: (n,) bound and rate of the linear-Gaussian VDM; None where it is not fitted.
+    """
+
+    terms: Terms
+    floor: np.ndarray
+    psnr: np.ndarray
+    ssim: np.ndarray | None
+    mean_image: np.ndarray | None = None
+    pca64: np.ndarray | None = None
+    lingauss: np.ndarray | None = None
+    lingauss_rate: np.ndarray | None = None
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def _bound(
-    params: vdm.Params, x: Array, labels: Array | None, key: Array, *, graph: nnx.GraphDef
-) -> Float[Array, "3 n"]:
+def _bound(params: vdm.Params, x: Array, labels: Array | None, key: Array, *, graph: nnx.GraphDef) -> tuple[Array, ...]:
     terms = bound.terms(vdm.merge(graph, params), x, labels, key=key)
-    return jax.numpy.stack([terms.reconstruction, terms.diffusion, terms.prior])
+    return terms.reconstruction, terms.diffusion, terms.prior
 
 
 @partial(jax.jit, static_argnames=("graph",))
@@ -52,14 +95,84 @@ def reconstruct(params: vdm.Params, x: Array, key: Array, *, graph: nnx.GraphDef
 def bound_terms(
     graph: nnx.GraphDef,
     params: vdm.Params,
-    x: np.ndarray,
-    labels: np.ndarray | None,
+    x: np.ndarray | Array,
+    labels: np.ndarray | Array | None,
     *,
     draws: int,
     key: jax.Array,
-) -> Float[np.ndarray, "draws 3 n"]:
-    """Independent draws of (reconstruction, diffusion, latent) of each image, in nats per image."""
-    return np.stack([_bound(params, x, labels, jax.random.fold_in(key, d), graph=graph) for d in range(draws)])
+) -> Terms:
+    """Independent draws of the terms of each image."""
+    drawn = [_bound(params, x, labels, jax.random.fold_in(key, d), graph=graph) for d in range(draws)]
+    return Terms(*(np.stack(one).astype(np.float64) for one in zip(*jax.device_get(drawn), strict=True)))
+
+
+def by_batches(
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]],
+    n: int,
+    each: Callable[[vdm.Params, np.ndarray, Array, Array | None, Array], T],
+    params: vdm.Params,
+    *,
+    batch_size: int,
+    seed: int,
+) -> T:
+    """Do the same with every batch of n images, on all devices of all processes.
+
+    A batch is split over the devices of one process, and each process reads and does its share of the batches. Noise
+    depends on the seed, the batch's number and a row's place in it, so the results are those of one device.
+
+    Args:
+        read: images (b, h, w, c) and labels (b, k), or None, at positions 0 to n - 1.
+        n: number of images.
+        each: maps parameters, images, the same images and labels on the devices, and a key to a tree of arrays
+            (..., b).
+        params: the model's.
+        batch_size: images at a time, at most n.
+        seed: of the keys, one per batch.
+
+    Returns:
+        The tree of ``each`` with arrays (..., n), on every process.
+    """
+    size = min(batch_size, n)
+    rows, layout = padded_rows(n, size), Layout(size, local=True)
+    params = jax.device_put(params, layout.replicated)
+    parts = []
+    for number in own_parts(len(rows)):
+        x, labels = read(rows[number])
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        parts.append(each(params, x, layout.put(x), None if labels is None else layout.put(labels), key))
+    return jax.tree.map(lambda *p: np.concatenate(p, axis=-1)[..., :n], *joined(parts, len(rows)))
+
+
+def _results_of_batch(
+    params: vdm.Params,
+    x: np.ndarray,
+    on_devices: Array,
+    labels: Array | None,
+    key: Array,
+    *,
+    graph: nnx.GraphDef,
+    draws: int,
+    baselines: baselines_.Baselines | None,
+) -> ImageResults:
+    key_terms, key_picture = jax.random.split(key)
+    x_hat = np.asarray(reconstruct(params, on_devices, key_picture, graph=graph))
+    found = ImageResults(
+        terms=bound_terms(graph, params, on_devices, labels, draws=draws, key=key_terms),
+        floor=entropy(x),
+        psnr=-10.0 * np.log10(np.maximum(np.mean((x - x_hat) ** 2, axis=(1, 2, 3)), 1e-12)),
+        ssim=_ssim(x, x_hat),
+    )
+    if baselines is None:
+        return found
+    found = found._replace(mean_image=baselines.mean_image(x), pca64=baselines.pca(x))
+    linear = baselines.linear_gaussian(x)
+    if linear is None:
+        return found
+    reconstruction, rate = linear
+    return found._replace(lingauss=reconstruction + rate, lingauss_rate=rate)
+
+
+# --- All of them --------------------------------------------------------------------------------------------------
 
 
 def quick(
@@ -69,12 +182,15 @@ def quick(
     parts = []
     for number, ((x, labels), count) in enumerate(padded_batches(data, indices, batch_size)):
         key = jax.random.fold_in(jax.random.key(0), number)
-        parts.append(bound_terms(graph, params, x, labels if labelled else None, draws=1, key=key)[0, :, :count])
-    means = bound.bits_per_dim(np.concatenate(parts, axis=1).mean(axis=1), data.image_shape)
-    return {**dict(zip(TERMS, map(float, means), strict=True)), "vlb_bpd": float(means.sum())}
+        terms = bound_terms(graph, params, x, labels if labelled else None, draws=1, key=key)
+        parts.append([term[0, :count] for term in terms])
+    means = [
+        float(bound.bits_per_dim(np.concatenate(term).mean(), data.image_shape)) for term in zip(*parts, strict=True)
+    ]
+    return {**dict(zip(TERMS, means, strict=True)), "vlb_bpd": sum(means)}
 
 
-TERMS = ("reconstruction_bpd", "diffusion_bpd", "latent_bpd")
+TERMS = ("reconstruction_bpd", "diffusion_bpd", "latent_bpd")  #: of :class:`Terms`, as a result calls them
 
 
 def evaluate_weights(
@@ -89,7 +205,7 @@ def evaluate_weights(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate a model on one split; the keys are explained in the module's head.
+    """Evaluate a model on one split, on all devices of all processes.
 
     Args:
         graph, params: the model.
@@ -100,6 +216,9 @@ def evaluate_weights(
         batch_size: images at a time.
         seed: of the draws.
 
+    Returns:
+        The keys of :func:`summary`, and ``data``, ``split``, ``labels`` ('true', 'null' or 'none'), ``seconds``.
+
     Raises:
         InputError: draws or batch_size below 1, a seed of more than 32 bits, or data of another shape or number of
             classes than the model.
@@ -107,84 +226,95 @@ def evaluate_weights(
     """
     start = time.perf_counter()
     config = vdm.merge(graph, params).config
-    for name, value in (("draws", draws), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name}: {value}; expected at least 1")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed: {seed}; expected 0 to {2**32 - 1}")
+    check_counts(draws, batch_size, seed)
     if data.image_shape != config.image_shape:
         raise InputError(f"{data.name}: images of shape {data.image_shape}; expected {config.image_shape}")
     labelled = config.classes > 0 and not null
     if labelled and len(data.class_names) != config.classes:
         raise InputError(f"{data.name}: {len(data.class_names)} classes; expected {config.classes}, or --null")
     indices = data.indices(split)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("terms", "floor", "mean_image", "pca64", "lingauss", "lingauss_rate", "psnr", "ssim")
-    }
-    for number, ((x, labels), count) in enumerate(padded_batches(data, indices, min(batch_size, len(indices)))):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        key_terms, key_picture = jax.random.split(key)
-        terms = bound_terms(graph, params, x, labels if labelled else None, draws=draws, key=key_terms)
-        x_hat = np.asarray(reconstruct(params, x, key_picture, graph=graph))[:count]
-        x = x[:count]
-        columns["terms"].append(terms[:, :, :count])
-        columns["floor"].append(_entropy(x))
-        columns["psnr"].append(-10.0 * np.log10(np.maximum(np.mean((x - x_hat) ** 2, axis=(1, 2, 3)), 1e-12)))
-        columns["ssim"].append(_ssim(x, x_hat))
-        if baselines is not None:
-            columns["mean_image"].append(baselines.mean_image(x))
-            columns["pca64"].append(baselines.pca(x))
-            linear = baselines.linear_gaussian(x)
-            columns["lingauss"].append(None if linear is None else linear[0] + linear[1])
-            columns["lingauss_rate"].append(None if linear is None else linear[1])
 
-    def mean(name: str) -> float | None:
-        parts = columns[name]
-        return None if not parts or parts[0] is None else float(np.concatenate(parts).mean())
+    def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        chosen = indices[rows]
+        return data.read(chosen), data.labels[chosen].astype(np.float32) if labelled else None
 
-    def bpd(nats: float | None) -> float | None:
-        return None if nats is None else float(bound.bits_per_dim(nats, config.image_shape))
-
-    terms = np.concatenate(columns["terms"], axis=2).astype(np.float64)  # draws, term, image
-    patients = data.patients[indices]
-    totals = terms.sum(axis=1)
-    by_draw = totals.mean(axis=1)
-    noise = float(by_draw.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
-    vlb_nats, floor = float(totals.mean()), mean("floor")
-    lingauss_rate = mean("lingauss_rate")
-    over, over_stderr = None, None
-    if lingauss_rate is not None:
-        difference = totals.mean(axis=0) - np.concatenate(columns["lingauss"])
-        over, over_stderr = float(difference.mean()), clustered_stderr(difference, patients)
-    result = {
+    found = by_batches(
+        read,
+        len(indices),
+        partial(_results_of_batch, graph=graph, draws=draws, baselines=baselines),
+        params,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return {
         "data": data.name,
         "split": split,
         "labels": "true" if labelled else "null" if config.classes else "none",
-        "num_images": len(indices),
-        "num_patients": len(set(patients)),
-        "draws": draws,
-        **{name: bpd(float(terms[:, i].mean())) for i, name in enumerate(TERMS)},
-        "vlb_bpd": bpd(vlb_nats),
-        "vlb_bpd_stderr": bpd(clustered_stderr(totals.mean(axis=0), patients)),
-        "vlb_bpd_stderr_noise": bpd(noise),
-        "floor_bpd": bpd(floor),
-        "excess_bpd": bpd(vlb_nats - floor),
-        "vlb_nats_per_image": vlb_nats,
-        "rate_bits_per_image": float(terms[:, 1:].sum(axis=1).mean()) / math.log(2.0),
-        "psnr_db": mean("psnr"),
-        "ssim": mean("ssim"),
-        "mean_image_bpd": bpd(mean("mean_image")),
-        "pca64_bpd": bpd(mean("pca64")),
-        "lingauss_bpd": bpd(mean("lingauss")),
-        "over_lingauss_bpd": bpd(over),
-        "over_lingauss_bpd_stderr": bpd(over_stderr),
-        "lingauss_rate_bits_per_image": None if lingauss_rate is None else lingauss_rate / math.log(2.0),
+        **summary(found, data.patients[indices], config.image_shape),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in result.items()}
 
 
-def _entropy(x: np.ndarray) -> np.ndarray:
+def check_counts(draws: int, batch_size: int, seed: int) -> None:
+    """Raise InputError for draws or a batch size below 1, or a seed of more than 32 bits."""
+    for name, value in (("draws", draws), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}: {value}; expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: {seed}; expected 0 to {2**32 - 1}")
+
+
+def summary(
+    found: ImageResults, patients: Sequence[str] | np.ndarray, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Means and errors over the images, as JSON takes them: None for what is not known.
+
+    ``vlb_bpd`` is the negative bound, reconstruction + diffusion + latent (prior); ``floor_bpd`` the mean entropy of
+    the pixels; ``excess_bpd`` their difference; ``rate_bits_per_image`` diffusion + latent. ``vlb_bpd_stderr`` is over
+    images, clustered by patient, and ``vlb_bpd_stderr_noise`` over the draws. ``over_lingauss_bpd`` is the bound minus
+    that of the linear-Gaussian VDM on the same images, with the error of that paired difference.
+    """
+    terms = found.terms
+    totals = terms.total
+    draws, n = totals.shape
+    per_image = totals.mean(axis=0)
+
+    def bpd(nats: float | None) -> float | None:
+        return None if nats is None or math.isnan(nats) else float(bound.bits_per_dim(nats, image_shape))
+
+    def mean(values: np.ndarray | None) -> float | None:
+        return None if values is None else float(values.mean())
+
+    over = None if found.lingauss is None else per_image - found.lingauss
+    vlb, floor, rate = float(totals.mean()), mean(found.floor), mean(found.lingauss_rate)
+    return {
+        "num_images": n,
+        "num_patients": len(set(patients)),
+        "draws": draws,
+        **{name: bpd(mean(term)) for name, term in zip(TERMS, terms, strict=True)},
+        "vlb_bpd": bpd(vlb),
+        "vlb_bpd_stderr": bpd(clustered_stderr(per_image, patients)),
+        "vlb_bpd_stderr_noise": bpd(_stderr(totals.mean(axis=1))),
+        "floor_bpd": bpd(floor),
+        "excess_bpd": bpd(vlb - floor),
+        "vlb_nats_per_image": vlb,
+        "rate_bits_per_image": float((terms.diffusion + terms.prior).mean()) / math.log(2.0),
+        "psnr_db": mean(found.psnr),
+        "ssim": mean(found.ssim),
+        "mean_image_bpd": bpd(mean(found.mean_image)),
+        "pca64_bpd": bpd(mean(found.pca64)),
+        "lingauss_bpd": bpd(mean(found.lingauss)),
+        "over_lingauss_bpd": bpd(mean(over)),
+        "over_lingauss_bpd_stderr": None if over is None else bpd(clustered_stderr(over, patients)),
+        "lingauss_rate_bits_per_image": None if rate is None else rate / math.log(2.0),
+    }
+
+
+def _stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def entropy(x: np.ndarray) -> np.ndarray:
     """Binary entropy of the pixels in nats per image; float64, as it is a floor that others are compared with."""
     from scipy.special import entr
 

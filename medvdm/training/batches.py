@@ -66,12 +66,18 @@ def _aligned(images: np.ndarray) -> np.ndarray:
     return aligned
 
 
-def padded_batches(data: ImageData, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """``indices`` in order, in batches of one size (so nothing is recompiled), each with its number of real rows.
+def padded_rows(n: int, batch_size: int) -> list[np.ndarray]:
+    """Positions 0, 1, ... n - 1 in batches of one size, so that nothing is compiled anew.
 
-    The last batch is filled up by repeating its first image; the caller drops the rows past the number.
+    The last batch is filled up by repeating its first position; the caller drops the rows past n.
     """
-    for first in range(0, len(indices), batch_size):
-        part = indices[first : first + batch_size]
-        filled = np.concatenate([part, np.full(batch_size - len(part), part[0])])
-        yield (data.read(filled), data.labels[filled].astype(np.float32)), len(part)
+    firsts = range(0, n, batch_size)
+    return [np.where(np.arange(f, f + batch_size) < n, np.arange(f, f + batch_size), f) for f in firsts]
+
+
+def padded_batches(data: ImageData, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """``indices`` in order, in batches as of :func:`padded_rows`, each with its number of real rows."""
+    for number, rows in enumerate(padded_rows(len(indices), batch_size)):
+        filled = indices[rows]
+        left = len(indices) - number * batch_size
+        yield (data.read(filled), data.labels[filled].astype(np.float32)), min(left, batch_size)

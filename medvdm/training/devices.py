@@ -60,6 +60,7 @@ class Layout:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.split = NamedSharding(self.mesh, PartitionSpec("data"))
         self.count = len(devices)
+        self._local = local
 
     def rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads."""
@@ -70,6 +71,8 @@ class Layout:
         """This process's rows as its part of one global array. They must not be written to afterwards."""
         if self.count == 1:
             return jax.device_put(rows, self.split, may_alias=True)
+        if self._local:
+            return jax.device_put(rows, self.split)
         return jax.make_array_from_process_local_data(self.split, rows)
 
 
