@@ -91,9 +91,7 @@ def as_images(images: np.ndarray, name: str = "images", *, picture: bool = False
         images = images[..., None]
     if images.ndim != 4 or 0 in images.shape:
         raise InputError(f"{name}: shape {images.shape}; expected (n, h, w) or (n, h, w, c), none of them 0")
-    if picture and images.shape[-1] not in (1, 3):
-        raise InputError(f"{name}: {images.shape[-1]} channels; expected 1 (gray) or 3 (RGB) for a picture")
-    return images
+    return channels_last(images, name) if picture else images
 
 
 def default_columns(n: int) -> int:

@@ -22,7 +22,7 @@ __all__ = [
     "DataConfig",
     "ImageData",
     "Reading",
-    "at_hand",
+    "example_images",
     "from_arrays",
     "index_of",
     "load",
@@ -70,7 +70,7 @@ def load(config: DataConfig) -> ImageData:
     return loaders[config.data](config)
 
 
-def at_hand(*, image_size: int = 64, num_images: int = 2800) -> ImageData:
+def example_images(*, image_size: int = 64, num_images: int = 2800) -> ImageData:
     """Chest X-rays to look at without a download: real ones if there are any here, else phantoms.
 
     Real ones are NIH images in the folder that the environment variable MEDVDM_DATA_DIR names, or in its sub-folder

@@ -209,8 +209,9 @@ class ImageData:
     def fingerprint(self) -> str:
         """A short hash of names, classes, labels, patients, splits, shape and every image: is this the same data?
 
-        An image enters by its digest, see :mod:`medvdm.data.content`: every pixel of an array, the bytes of a file.
-        It is the same on every machine, and computed once.
+        An image enters by its digest: of every pixel of an array, of the bytes of a file (of samples of its bytes
+        where the files together exceed 2 GiB), of what a phantom is drawn from. So the hash is the same on every
+        machine. It is computed once.
         """
         return self._fingerprint
 

@@ -6,10 +6,13 @@ points at is read as it is; a downloaded one is held against its official MD5.
 
 from __future__ import annotations
 
+import json
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -31,218 +34,26 @@ class _Flag:
     channels: int
     classes: tuple[str, ...]
     md5: Mapping[int, str]
-    multi_label: bool = False
-    license: str = "CC BY 4.0"
+    multi_label: bool
+    license: str
 
 
-_ORGANS = (
-    "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right",
-    "liver", "lung-left", "lung-right", "pancreas", "spleen",
-)  # fmt: skip
-_FLAGS: dict[str, _Flag] = {
-    "pathmnist": _Flag(
-        what="PathMNIST",
-        channels=3,
-        classes=(
-            "adipose",
-            "background",
-            "debris",
-            "lymphocytes",
-            "mucus",
-            "smooth muscle",
-            "normal colon mucosa",
-            "cancer-associated stroma",
-            "colorectal adenocarcinoma epithelium",
-        ),
-        md5={
-            28: "a8b06965200029087d5bd730944a56c1",
-            64: "55aa9c1e0525abe5a6b9d8343a507616",
-            128: "ac42d08fb904d92c244187169d1fd1d9",
-            224: "2c51a510bcdc9cf8ddb2af93af1eadec",
-        },
-    ),
-    "chestmnist": _Flag(
-        what="ChestMNIST",
-        channels=1,
-        classes=(
-            "atelectasis",
-            "cardiomegaly",
-            "effusion",
-            "infiltration",
-            "mass",
-            "nodule",
-            "pneumonia",
-            "pneumothorax",
-            "consolidation",
-            "edema",
-            "emphysema",
-            "fibrosis",
-            "pleural",
-            "hernia",
-        ),
-        multi_label=True,
-        md5={
-            28: "02c8a6516a18b556561a56cbdd36c4a8",
-            64: "9de6cd0b934ebb5b7426cfba5efbae16",
-            128: "db107e5590b27930b62dbaf558aebee3",
-            224: "45bd33e6f06c3e8cdb481c74a89152aa",
-        },
-    ),
-    "dermamnist": _Flag(
-        what="DermaMNIST",
-        channels=3,
-        classes=(
-            "actinic keratoses and intraepithelial carcinoma",
-            "basal cell carcinoma",
-            "benign keratosis-like lesions",
-            "dermatofibroma",
-            "melanoma",
-            "melanocytic nevi",
-            "vascular lesions",
-        ),
-        license="CC BY-NC 4.0",
-        md5={
-            28: "0744692d530f8e62ec473284d019b0c7",
-            64: "b70a2f5635c6199aeaa28c31d7202e1f",
-            128: "2defd784463fa5243564e855ed717de1",
-            224: "8974907d8e169bef5f5b96bc506ae45d",
-        },
-    ),
-    "octmnist": _Flag(
-        what="OCTMNIST",
-        channels=1,
-        classes=(
-            "choroidal neovascularization",
-            "diabetic macular edema",
-            "drusen",
-            "normal",
-        ),
-        md5={
-            28: "c68d92d5b585d8d81f7112f81e2d0842",
-            64: "e229e9440236b774d9f0dfef9d07bdaf",
-            128: "0a97e76651ace45c5d943ee3f65b63ae",
-            224: "abc493b6d529d5de7569faaef2773ba3",
-        },
-    ),
-    "pneumoniamnist": _Flag(
-        what="PneumoniaMNIST",
-        channels=1,
-        classes=(
-            "normal",
-            "pneumonia",
-        ),
-        md5={
-            28: "28209eda62fecd6e6a2d98b1501bb15f",
-            64: "8f4eceb4ccffa70c672198ea285246c6",
-            128: "05b46931834c231683c68f40c47b2971",
-            224: "d6a3c71de1b945ea11211b03746c1fe1",
-        },
-    ),
-    "retinamnist": _Flag(
-        what="RetinaMNIST",
-        channels=3,
-        classes=(
-            "0",
-            "1",
-            "2",
-            "3",
-            "4",
-        ),
-        md5={
-            28: "bd4c0672f1bba3e3a89f0e4e876791e4",
-            64: "afda852cc34dcda56f86ad2b2457dbcc",
-            128: "e48e916a24454daf90583d4e6efb1a18",
-            224: "eae7e3b6f3fcbda4ae613ebdcbe35348",
-        },
-    ),
-    "breastmnist": _Flag(
-        what="BreastMNIST",
-        channels=1,
-        classes=(
-            "malignant",
-            "normal, benign",
-        ),
-        md5={
-            28: "750601b1f35ba3300ea97c75c52ff8f6",
-            64: "742edef2a1fd1524b2efff4bd7ba9364",
-            128: "363e4b3f8d712e9b5de15470a2aaadf1",
-            224: "b56378a6eefa9fed602bb16d192d4c8b",
-        },
-    ),
-    "bloodmnist": _Flag(
-        what="BloodMNIST",
-        channels=3,
-        classes=(
-            "basophil",
-            "eosinophil",
-            "erythroblast",
-            "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)",
-            "lymphocyte",
-            "monocyte",
-            "neutrophil",
-            "platelet",
-        ),
-        md5={
-            28: "7053d0359d879ad8a5505303e11de1dc",
-            64: "2b94928a2ae4916078ca51e05b6b800b",
-            128: "adace1e0ed228fccda1f39692059dd4c",
-            224: "b718ff6835fcbdb22ba9eacccd7b2601",
-        },
-    ),
-    "tissuemnist": _Flag(
-        what="TissueMNIST",
-        channels=1,
-        classes=(
-            "Collecting Duct, Connecting Tubule",
-            "Distal Convoluted Tubule",
-            "Glomerular endothelial cells",
-            "Interstitial endothelial cells",
-            "Leukocytes",
-            "Podocytes",
-            "Proximal Tubule Segments",
-            "Thick Ascending Limb",
-        ),
-        md5={
-            28: "ebe78ee8b05294063de985d821c1c34b",
-            64: "123ece2eba09d0aa5d698fda57103344",
-            128: "61b955355d7425a89687b06cca3ce0c2",
-            224: "b077128c4a949f0a4eb01517f9037b9c",
-        },
-    ),
-    "organamnist": _Flag(
-        what="OrganAMNIST",
-        channels=1,
-        classes=_ORGANS,
-        md5={
-            28: "68e3f8846a6bd62f0c9bf841c0d9eacc",
-            64: "2dcccc29b88e6da5a01161ef20cda288",
-            128: "eeae80d0a227a8d099027e1b3cfd3b60",
-            224: "50747347e05c87dd3aaf92c49f9f3170",
-        },
-    ),
-    "organcmnist": _Flag(
-        what="OrganCMNIST",
-        channels=1,
-        classes=_ORGANS,
-        md5={
-            28: "b9ceb9546e10131b32923c5bbeaea2b1",
-            64: "3ce34a8724ea6f548e6db4744d03b6a9",
-            128: "773c1f009daa3fe5d9a2a201b2a7ed94",
-            224: "050f5e875dc056f6768abf94ec9995d1",
-        },
-    ),
-    "organsmnist": _Flag(
-        what="OrganSMNIST",
-        channels=1,
-        classes=_ORGANS,
-        md5={
-            28: "9ab87b696fb54e2a387ebe992d6ed5f1",
-            64: "53a6d115339d874c25e309a994ff46d3",
-            128: "ded0c5fa01a95dc4978b956f613e9b8e",
-            224: "b354719e553fbbb2513d5533f52a4cb1",
-        },
-    ),
-}
+def _table() -> dict[str, _Flag]:
+    """The sets by name, from ``medmnist.json`` beside this module."""
+    table = json.loads(resources.files("medvdm.data").joinpath("medmnist.json").read_text(encoding="utf-8"))
+    return {
+        name: _Flag(
+            **{
+                **facts,
+                "classes": tuple(facts["classes"]),
+                "md5": {int(size): md5 for size, md5 in facts["md5"].items()},
+            }
+        )
+        for name, facts in table.items()
+    }
+
+
+_FLAGS = _table()
 FLAGS = tuple(_FLAGS)
 
 
@@ -316,6 +127,9 @@ def _wanted_sizes(image_size: int | None) -> list[int]:
 def _local_file(flag: str, data_dir: str, image_size: int | None) -> Path:
     place = Path(data_dir).expanduser()
     if place.is_file():
+        other = re.sub(r"(_\d+)?\.npz$", "", place.name)
+        if other in _FLAGS and other != flag:
+            raise DataError(f"{place}: is named as {other}; expected a file of {flag}, or --data {other}")
         return place
     if not place.is_dir():
         raise MissingFileError(f"{place}: no such file or folder; expected {_file_name(flag, 28)} or a folder with it")
@@ -367,6 +181,11 @@ def _read(path: Path, info: _Flag) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         _check_images(part, f"{path}: {split}_images", info)
         if len(part_labels) != len(part):
             raise DataError(f"{path}: {len(part_labels)} {split}_labels; expected {len(part)}, one per image")
+        if part_labels.dtype.kind not in "iu" or part_labels.ndim not in (1, 2):
+            raise DataError(
+                f"{path}: {split}_labels are {part_labels.dtype} of shape {part_labels.shape}; "
+                "expected integers of shape (N, 1) or (N, K)"
+            )
         images.append(part.reshape(*part.shape[:3], info.channels))
         labels.append(part_labels.reshape(len(part_labels), -1))
         splits += [split] * len(part)
@@ -404,16 +223,16 @@ def _check_images(images: np.ndarray, name: str, info: _Flag) -> None:
     shape = "(N, H, W)" if info.channels == 1 else f"(N, H, W, {info.channels})"
     fits = images.ndim == 3 if info.channels == 1 else images.ndim == 4 and images.shape[3] == info.channels
     if images.dtype != np.uint8 or not fits or 0 in images.shape[1:]:
-        raise DataError(f"{name} is {images.dtype} of shape {images.shape}; expected uint8 of shape {shape}")
+        first = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
+        hint = "; channels first? np.moveaxis(images, 1, -1)" if first else ""
+        raise DataError(f"{name} is {images.dtype} of shape {images.shape}; expected uint8 of shape {shape}{hint}")
 
 
 def _multi_hot(raw: np.ndarray, info: _Flag, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """uint8 (N, K) and the K names. Rows of zeros in a multi-label set get a class of their own."""
     columns, top = (len(info.classes), 1) if info.multi_label else (1, len(info.classes) - 1)
-    if not np.issubdtype(raw.dtype, np.integer) or raw.shape[1] != columns:
-        raise DataError(
-            f"{path}: labels are {raw.dtype} of shape {raw.shape}; expected integers of shape (N, {columns})"
-        )
+    if raw.shape[1] != columns:
+        raise DataError(f"{path}: labels of shape {raw.shape}; expected (N, {columns})")
     if raw.size and (raw.min() < 0 or raw.max() > top):
         raise DataError(f"{path}: labels from {raw.min()} to {raw.max()}; expected 0 to {top}")
     if not info.multi_label:

@@ -6,6 +6,9 @@ The folder holds the label file and, anywhere below it, the images:
     images/00000001_000.png    or  images_001/images/00000001_000.png, ...
     train_val_list.txt and test_list.txt  (both or neither)
 
+A finding that is named twice for an image is there once. A row that joins 'No Finding' with a finding, or whose
+Patient ID is not the number in the image's official name, is refused.
+
 Split: by the hash of the patient's number. If both official lists are there, the official test set is kept
 and the patients of the train_val list are divided by the same hash: bucket 2 validation, the others training.
 """
@@ -13,6 +16,7 @@ and the patients of the train_val list are divided by the same hash: bucket 2 va
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from medvdm.data import files
-from medvdm.data.base import ImageData, Reading, split_of_patient
+from medvdm.data.base import ImageData, Reading, check_class_names, split_of_patient
 from medvdm.data.convert import Fit
 from medvdm.errors import DataError, MissingFileError
 
@@ -29,6 +33,8 @@ LABEL_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the newer,
 SPLIT_LISTS = ("train_val_list.txt", "test_list.txt")
 _COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_NO_FINDING = "No Finding"
+_OFFICIAL_NAME = re.compile(r"(\d{8})_\d{3}\.\w+")  # the patient's number, and that of the visit
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,13 @@ def _column_positions(found: Sequence[str], path: Path) -> tuple[int, ...]:
     found = [name.strip() for name in found]
     lacking = [name for name in _COLUMNS if name not in found]
     if lacking:
+        hint = "; expected commas between the cells" if len(found) == 1 and any(c in found[0] for c in ";\t|") else ""
         raise DataError(
-            f"{path}: lacks the column {', '.join(map(repr, lacking))}; found {', '.join(found) or 'nothing'}"
+            f"{path}: lacks the column {', '.join(map(repr, lacking))}; found {', '.join(found) or 'nothing'}{hint}"
         )
+    twice = [name for name in _COLUMNS if found.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: has the column '{twice[0]}' {found.count(twice[0])} times; expected it once")
     return tuple(found.index(name) for name in _COLUMNS)
 
 
@@ -152,8 +162,16 @@ def _add_row(rows: dict[str, _Row], cells: Sequence[str], columns: tuple[int, ..
     found = tuple(finding.strip() for finding in findings.split("|"))
     if not name or not all(found):
         raise DataError(f"{path}: line {line} has no image name or an empty finding ('{name}', '{findings}')")
+    if _NO_FINDING in found and set(found) != {_NO_FINDING}:
+        raise DataError(f"{path}: line {line} says '{findings}'; expected '{_NO_FINDING}' alone, or findings")
     if not (patient.isascii() and patient.isdigit()):
         raise DataError(f"{path}: line {line} has the Patient ID '{patient}'; expected a whole number")
+    official = _OFFICIAL_NAME.fullmatch(name)
+    if official is not None and int(official[1]) != int(patient):
+        raise DataError(
+            f"{path}: line {line} gives {name} to the Patient ID '{patient}'; "
+            f"expected {int(official[1])}, as its name says"
+        )
     if name in rows:
         raise DataError(
             f"{path}: line {line} names {name} again, after line {rows[name].line}; expected one row per image"
@@ -205,6 +223,7 @@ def _count_notes(rows: int, present: int, without_row: int) -> list[str]:
 
 def _multi_hot(findings: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, tuple[str, ...]]:
     class_names = tuple(sorted({name for found in findings for name in found}))
+    check_class_names(class_names)
     column = {name: i for i, name in enumerate(class_names)}
     labels = np.zeros((len(findings), len(class_names)), np.uint8)
     for row, found in zip(labels, findings, strict=True):

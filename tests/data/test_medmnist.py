@@ -79,6 +79,35 @@ def test_multi_label_gets_a_class_for_no_finding(tmp_path):
     assert data.labels[1:].sum() == 10 and data.labels[1:, -1].all()
 
 
+def test_labels_without_an_axis_are_indices_too(tmp_path):
+    flat = {f"{split}_labels": np.resize(np.array([0, 1], np.uint8), n) for split, n in COUNTS.items()}
+    flat_file, official_file = write(tmp_path / "a.npz", **flat), write(tmp_path / "b.npz")
+    one, other = (medmnist.load("pneumoniamnist", str(path)) for path in (flat_file, official_file))
+    np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def test_a_file_of_another_set_is_refused(tmp_path):
+    """PneumoniaMNIST and BreastMNIST have the same form: only the name tells them apart."""
+    for name in ("pneumoniamnist.npz", "pneumoniamnist_64.npz"):
+        path = write(tmp_path / name)
+        refused(DataError, path, "--data pneumoniamnist", flag="breastmnist", data_dir=str(path))
+
+
+@pytest.mark.parametrize("image_size", [None, 20])
+def test_what_was_read_and_its_fingerprint(tmp_path, image_size):
+    content = arrays()
+    content["val_images"] = np.clip(content["val_images"], 51, 204)
+    for split in COUNTS:
+        content[f"{split}_images"] = np.clip(content[f"{split}_images"], 51, 204)
+    path = write(tmp_path / "breastmnist.npz", **content)
+    data = medmnist.load("breastmnist", str(path), image_size)
+    assert (data.reading.seen, data.reading.read, data.reading.stored_range) == (11, 11, (51 / 255, 204 / 255))
+    assert data.fingerprint() == medmnist.load("breastmnist", str(path), image_size).fingerprint()
+    content["test_images"][1, 5, 6] ^= 1
+    path = write(path, **content)
+    assert data.fingerprint() != medmnist.load("breastmnist", str(path), image_size).fingerprint()
+
+
 def test_a_file_may_have_any_name(tmp_path):
     assert len(medmnist.load("pneumoniamnist", str(write(tmp_path / "mine.npz")))) == 11
 
@@ -135,6 +164,13 @@ def test_no_such_place(tmp_path):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"val_images": np.zeros((3, 28, 28), np.float32)}, ("val_images", "float32", "uint8")),
     ({"val_images": np.zeros((3, 28, 28, 3), np.uint8)}, ("val_images", "(3, 28, 28, 3)")),
+    ({"val_images": np.zeros((3, 1, 28, 28), np.uint8)}, ("val_images", "channels first?", "np.moveaxis")),
+    ({"val_images": np.zeros((3, 28, 28, 1), np.uint8)}, ("val_images", "(3, 28, 28, 1)", "(N, H, W)")),
+    ({"val_images": np.zeros((28, 28, 3), np.uint8)}, ("3 val_labels", "expected 28")),
+    ({"val_labels": np.zeros((3, 1, 1), np.uint8)}, ("(3, 1, 1)",)),
+    ({"val_labels": np.zeros((1, 3), np.uint8)}, ("1 val_labels", "expected 3")),
+    ({"val_labels": np.zeros((3, 1), bool)}, ("bool", "expected integers")),
+    ({"val_labels": np.full((3, 1), "0")}, ("<U1 of shape", "expected integers")),
     ({"val_images": np.zeros((3, 32, 32), np.uint8)}, ("differ in the shape",)),
     ({"val_images": np.zeros((4, 28, 28), np.uint8)}, ("3 val_labels", "expected 4")),
     ({"test_labels": np.full((2, 1), 2)}, ("0 to 2", "expected 0 to 1")),

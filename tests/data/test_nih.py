@@ -81,6 +81,44 @@ def test_zero_padded_patient_is_the_same_patient(folder):
     assert list(nih.load(str(folder)).patients) == ["1", "1", "2", "7", "9"]
 
 
+def test_a_finding_named_twice_is_there_once(folder):
+    write_labels(folder, [(ROWS[0][0], "Mass|Mass| Mass", 1), *ROWS[1:]])
+    data = nih.load(str(folder))
+    assert data.class_names == ("Effusion", "Mass", "No Finding", "Pneumonia")
+    assert data.labels[0].tolist() == [0, 1, 0, 0]
+
+
+def test_two_spellings_of_a_finding_are_refused(folder):
+    write_labels(folder, [(ROWS[0][0], "effusion", 1), *ROWS[1:]])
+    refused(InputError, folder, "'Effusion' and 'effusion'")
+
+
+def test_what_was_read_and_skipped(folder):
+    write_images(folder, [("00000099_000.png", "", 99), ("00000098_000.png", "", 98)])
+    write_lists(folder, [row[0] for row in ROWS[:2]], [ROWS[2][0]])
+    reading = nih.load(str(folder)).reading
+    assert (reading.seen, reading.read) == (7, 3)
+    assert reading.skipped == {"no row in the label file": 2, "on neither official list": 2}
+
+
+def test_one_changed_file_is_other_data(folder):
+    before = nih.load(str(folder)).fingerprint()
+    assert nih.load(str(folder)).fingerprint() == before
+    pixels = image_of(ROWS[3][0])
+    pixels[7, 7] ^= 1
+    Image.fromarray(pixels).save(folder / "images" / ROWS[3][0])
+    assert nih.load(str(folder)).fingerprint() != before
+    Image.fromarray(image_of(ROWS[3][0])).save(folder / "images" / ROWS[3][0])
+    assert nih.load(str(folder)).fingerprint() == before
+    assert nih.load(str(folder), image_size=8).fingerprint() != before
+
+
+def test_how_images_are_made_square_is_part_of_the_fingerprint(folder):
+    Image.fromarray(np.zeros((16, 20), np.uint8)).save(folder / "images" / ROWS[3][0])
+    prints = {nih.load(str(folder), 16, fit).fingerprint() for fit in ("pad", "crop", "stretch")}
+    assert len(prints) == 3
+
+
 def test_partial_download_is_noted(folder):
     write_labels(folder, [*ROWS, ("00000010_000.png", "Hernia", 10), ("00000011_000.png", "No Finding", 11)])
     data = nih.load(str(folder))
@@ -232,7 +270,15 @@ def test_no_images_at_all(tmp_path):
 
 @pytest.mark.parametrize(("content", "words"), [
     ("Image Index,Finding Labels\na.png,x\n", ("Patient ID", "found Image Index, Finding Labels")),
-    ("Image Index;Finding Labels;Patient ID\n", ("lacks", "Image Index;")),
+    ("Image Index;Finding Labels;Patient ID\n", ("lacks", "Image Index;", "expected commas")),
+    ("Image Index\tFinding Labels\tPatient ID\n", ("lacks", "expected commas")),
+    ("Image Index,Finding Labels,Patient ID,Patient ID\n", ("'Patient ID' 2 times",)),
+    ("Image Index,Finding Labels,Patient ID\na.png,No Finding|Mass,1\n", ("line 2", "'No Finding|Mass'", "alone")),
+    ("Image Index,Finding Labels,Patient ID\n00000013_005.png,Mass,14\n", ("line 2", "00000013_005.png", "'14'", "13")),
+    ("Image Index,Finding Labels,Patient ID\na.png,x,\n", ("line 2", "''", "whole number")),
+    ("Image Index,Finding Labels,Patient ID\na.png,x,nan\n", ("line 2", "'nan'")),
+    ("Image Index,Finding Labels,Patient ID\na.png,x,-1\n", ("line 2", "'-1'")),
+    ("Image Index,Finding Labels,Patient ID\na.png,x|,1\n", ("line 2", "empty finding")),
     ("", ("lacks", "found nothing")),
     ("Image Index,Finding Labels,Patient ID\na.png,x,1\nb.png,y,one\n", ("line 3", "'one'")),
     ("Image Index,Finding Labels,Patient ID\na.png,x,1.0\n", ("line 2", "'1.0'")),

@@ -84,20 +84,20 @@ def test_importing_is_cheap():
     assert out.stdout.strip() == "[]"
 
 
-def test_at_hand_are_phantoms_unless_a_folder_is_named(monkeypatch):
+def test_example_images_are_phantoms_unless_a_folder_is_named(monkeypatch):
     monkeypatch.delenv("MEDVDM_DATA_DIR", raising=False)
-    images = data.at_hand(image_size=16, num_images=20)
+    images = data.example_images(image_size=16, num_images=20)
     assert images.name == "phantom" and len(images) == 20 and images.image_shape == (16, 16, 1)
 
 
-def test_at_hand_are_real_where_a_folder_is_named(real_data, monkeypatch):
+def test_example_images_are_real_where_a_folder_is_named(real_data, monkeypatch):
     for folder in (real_data, real_data / "nih-chestxray8-256"):
         monkeypatch.setenv("MEDVDM_DATA_DIR", str(folder))
-        images = data.at_hand(image_size=16)
+        images = data.example_images(image_size=16)
         assert images.name == "nih" and images.image_shape == (16, 16, 1)
 
 
-def test_at_hand_says_which_folder_holds_nothing(tmp_path, monkeypatch):
+def test_example_images_says_which_folder_holds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDVDM_DATA_DIR", str(tmp_path))
     with pytest.raises(MissingFileError, match=str(tmp_path)):
-        data.at_hand()
+        data.example_images()
