@@ -49,6 +49,10 @@ class DataConfig:
     """Seed of the images (phantom only)."""
     patient_pattern: str | None = None
     """Regular expression with one group, searched in the relative path, that gives the patient (folder only)."""
+    window: str = "full"
+    """Stored values that become black and white (folder only), as LOW,HIGH (in Hounsfield units for CT, with an equals
+    sign before a minus), or data or percentile (least and greatest value, or percentiles 0.1 and 99.9, of the training
+    images), or full, which is each file's own range."""
 
 
 def names() -> tuple[str, ...]:
@@ -104,6 +108,8 @@ def _check(config: DataConfig) -> None:
         raise InputError(f"data_dir: '{config.data_dir}'; phantom images are generated and read from no folder")
     if config.patient_pattern is not None and config.data != "folder":
         raise InputError(f"patient_pattern: '{config.patient_pattern}'; used by --data folder only, not {config.data}")
+    if config.window != "full" and config.data != "folder":
+        raise InputError(f"window: '{config.window}'; used by --data folder only, not {config.data}")
 
 
 def _loaders() -> dict[str, Callable[[DataConfig], ImageData]]:
@@ -130,7 +136,7 @@ def _nih(config: DataConfig) -> ImageData:
 def _folder(config: DataConfig) -> ImageData:
     from medvdm.data import folder
 
-    return folder.load(config.data_dir, config.image_size, config.fit, config.patient_pattern)
+    return folder.load(config.data_dir, config.image_size, config.fit, config.patient_pattern, config.window)
 
 
 def _medmnist(config: DataConfig) -> ImageData:

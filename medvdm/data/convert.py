@@ -2,17 +2,24 @@
 
 The rules, so that a reader can tell what a pixel means:
 
+- What a file is, is told by its first bytes and not by its name: PNG, JPEG, TIFF, BMP or DICOM.
 - 8-bit gray: value / 255. 1-bit: 0 and 1. 2- and 4-bit gray: scaled so that the largest value is 1.
 - 16-bit gray (PNG, TIFF): value / 65535; a TIFF that states fewer bits: value / (2^bits - 1).
-- 32-bit float TIFF: must already lie in [0, 1]. Other integers have no known range: refused.
+- 32-bit float TIFF: must already lie in [0, 1]. Other integers have no known range: refused without a window.
+- A window (low, high) replaces those ranges: low becomes 0, high becomes 1, what lies beyond is clipped.
 - Colour, palette, CMYK: to RGB, then Rec. 601 luminance rounded to 8 bits (R = G = B gives that value exactly).
 - Transparency: composited on black, as a display would do on a black background.
 - White-is-zero TIFF and MONOCHROME1 DICOM are inverted: large values are bright everywhere.
 - EXIF/TIFF orientation is applied; nothing else turns or flips an image.
-- DICOM: stored values over the whole range of BitsStored. The rescale slope and intercept are an affine map,
-  which that scaling undoes, so only a negative slope matters: it inverts. No VOI window is applied: windows differ
-  from image to image and clip, and a model of them would learn the operator's choice.
-- Several frames in one file: refused, since one of them would have to be picked.
+- DICOM: values in the modality's units over the range that BitsStored could hold, so that of slope and intercept
+  only a negative slope shows: it inverts. No VOI window of the file is applied: windows differ from image to image and
+  clip, and a model of them would learn the operator's choice. All attributes: :mod:`medvdm.data.dicom`.
+- Several pictures in one file: the primary one if the file says which it is (the first of a camera's JPEG; the only
+  page of a TIFF that is no thumbnail and no mask), otherwise refused, since one would have to be picked.
+
+Damage: every bit of a PNG is covered by a checksum, and so are the pixels of a TIFF with deflate compression; both are
+checked. The other kinds have no checksum. A file cut short is refused, but a changed bit of a JPEG, of an uncompressed,
+LZW or PackBits TIFF, of a BMP or of a DICOM file may read as another picture, and nothing in the file tells.
 
 Resizing never overshoots [0, 1]: exact box mean where the side is a multiple of the new size, otherwise a
 triangle filter widened to the scale (antialiased); neither has negative weights.
@@ -20,17 +27,22 @@ triangle filter widened to the scale (antialiased); neither has negative weights
 
 from __future__ import annotations
 
+import ctypes
+import io
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 
-from medvdm.errors import DataError, InputError, MedvdmError, MissingFileError, MissingPackageError, nearest
+from medvdm.data import dicom
+from medvdm.data.stored import MAX_PIXELS, Header, Stored, Window
+from medvdm.errors import DataError, InputError, MedvdmError, MissingFileError, nearest
 from medvdm.images import as_unit_float
 
 if TYPE_CHECKING:
@@ -38,21 +50,20 @@ if TYPE_CHECKING:
 
 Fit = Literal["pad", "crop", "stretch"]
 FITS: tuple[Fit, ...] = ("pad", "crop", "stretch")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
-MAX_PIXELS = 1 << 26  # 67 million; a chest X-ray has 1 to 20 million. More is a mistake or a decompression bomb
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *dicom.SUFFIXES)
 
-_EXPECTED = "expected a gray or colour PNG, JPEG, TIFF or DICOM image"
+_EXPECTED = "expected a gray or colour PNG, JPEG, TIFF, BMP or DICOM image"
 _COLOUR_MODES = ("P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-_OPENING = threading.Lock()  # warnings.catch_warnings changes the whole process: one thread at a time
+_START = 132  # bytes that tell what a file is
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file's header says: the size as it will be read, and whether :func:`read_gray` gives uint8."""
+def kind_of(path: Path) -> str | None:
+    """'PNG', 'JPEG', 'TIFF', 'BMP' or 'DICOM' by the first bytes of a file; None if it is none of them.
 
-    height: int
-    width: int
-    is_uint8: bool
+    Raises: as :func:`header`.
+    """
+    with problems_named(path), path.open("rb") as file:
+        return _kind(file.read(_START), path)
 
 
 def header(path: Path) -> Header:
@@ -61,39 +72,67 @@ def header(path: Path) -> Header:
     Raises:
         MissingFileError: there is no such file.
         DataError: the file is no image that can be read.
-        MissingPackageError: a DICOM file, without pydicom.
+        MissingPackageError: a DICOM file, without pydicom or a decoder of its compression.
     """
-    with _problems_named(path):
-        if _is_dicom(path):
-            dataset = _dicom_dataset(path, stop_before_pixels=True)
-            return Header(int(dataset.Rows), int(dataset.Columns), is_uint8=False)
-        with _opened(path) as image:
+    with problems_named(path), _QUIET, path.open("rb") as file:
+        if _kind(file.read(_START), path) == "DICOM":
+            return dicom.header(path)
+        with _opened(file, path) as image:
             width, height = _upright_size(image)
-            return Header(height, width, is_uint8=image.mode in ("1", "L", *_COLOUR_MODES))
+            is_uint8 = image.mode in ("1", "L", *_COLOUR_MODES)
+            unit = "8 bits" if is_uint8 else f"{_bits(image)} bits" if image.mode != "F" else "float"
+            pictures = getattr(image, "n_frames", 1)
+            remarks = ("hold further pictures, which are not read",) if pictures > 1 else ()
+            return Header(height, width, is_uint8, unit, remarks)
 
 
-def read_gray(path: Path) -> np.ndarray:
+def read_stored(path: Path) -> Stored:
+    """Read an image file as the gray values that it stores, with the range that it could hold.
+
+    Raises: as :func:`header`; also DataError for damaged pixels and values that are not finite.
+    """
+    with problems_named(path), _QUIET:
+        data = path.read_bytes()
+        if _kind(data[:_START], path) == "DICOM":
+            return dicom.stored(path)
+        if data.startswith(_PNG):
+            _check_png(data, path)
+        with _opened(io.BytesIO(data), path) as image:
+            if image.format == "TIFF":
+                _check_deflate(image, data, path)
+            return _pil_stored(image, path)
+
+
+def read_gray(path: Path, window: Window | None = None) -> np.ndarray:
     """Read an image file as (H, W): uint8 where that loses nothing, otherwise float32 in [0, 1].
 
-    Raises: as :func:`header`; also DataError for damaged pixels and values without a known range.
+    Args:
+        path: the file.
+        window: stored values that become 0 and 1, instead of the file's whole range.
+
+    Raises: as :func:`read_stored`; also DataError for values without a known range.
     """
-    with _problems_named(path):
-        if _is_dicom(path):
-            return _dicom_gray(path)
-        with _opened(path) as image:
-            return _pil_gray(image, path)
+    return read_stored(path).gray(str(path), window)
 
 
-def read_image(path: Path, image_size: int | None = None, fit: Fit = "pad") -> np.ndarray:
+def read_image(path: Path, image_size: int | None = None, fit: Fit = "pad", window: Window | None = None) -> np.ndarray:
     """Read an image file as float32 (H, W, 1) in [0, 1], of ``image_size`` x ``image_size`` pixels if given.
 
     Raises: as :func:`read_gray` and :func:`resize`.
     """
-    gray = as_unit_float(read_gray(path), str(path))[..., None]
+    return as_image(read_gray(path, window), path, image_size, fit)
+
+
+def as_image(gray: np.ndarray, path: Path, image_size: int | None = None, fit: Fit = "pad") -> np.ndarray:
+    """What :func:`read_gray` gave, as float32 (H, W, 1) in [0, 1], of ``image_size`` x ``image_size`` if given.
+
+    Raises: as :func:`resize`, with the name of the file.
+    """
+    image = as_unit_float(gray, str(path))[..., None]
     if image_size is None:
-        return gray
+        return image
     try:
-        return resize(gray, image_size, fit)
+        return resize(image, image_size, fit)
     except DataError as problem:
         raise DataError(f"{path}: {problem}") from None
 
@@ -130,9 +169,8 @@ def resize(image: np.ndarray, image_size: int, fit: Fit = "pad") -> np.ndarray:
 
 def dicom_patient(path: Path) -> str:
     """PatientID of a DICOM file, stripped; '' if it has none. Raises as :func:`header`."""
-    with _problems_named(path):
-        dataset = _dicom_dataset(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        return str(dataset.get("PatientID") or "").strip()
+    with problems_named(path), _QUIET:
+        return dicom.patient(path)
 
 
 def _made_square(image: np.ndarray, fit: Fit) -> np.ndarray:
@@ -158,7 +196,7 @@ def _made_square(image: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 @contextmanager
-def _problems_named(path: Path) -> Iterator[None]:
+def problems_named(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into one line that names the file, what was found and what was expected."""
     try:
         yield
@@ -187,66 +225,191 @@ def _found(path: Path, problem: Exception) -> str:
         return f"text ({start.decode('ascii')!r})"
     if isinstance(problem, UnidentifiedImageError):
         return f"no image of a known kind (first bytes {start[:8].hex(' ')})"
-    reason = " ".join(str(problem).split())[:160] or type(problem).__name__
+    reason = " ".join(str(problem).split())[:300] or type(problem).__name__
     return f"a damaged image or one of an unknown kind ({reason})"
 
 
-# ---------------------------------------------------------------- PNG, JPEG, TIFF
+class _Quiet:
+    """Hide warnings of PIL and pydicom while any thread is inside.
+
+    ``warnings.catch_warnings`` changes the whole process, so the first thread in enters it and the last one leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"(PIL|pydicom|gdcm)(\.|$)")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__()
+
+
+_QUIET = _Quiet()
+
+
+# ---------------------------------------------------------------- PNG, JPEG, TIFF, BMP
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType
+_DEFLATE = (8, 32946)
+
+
+def _kind(start: bytes, path: Path) -> str | None:
+    if start[128:132] == b"DICM" or path.suffix.lower() in dicom.SUFFIXES:
+        return "DICOM"
+    if start.startswith(_PNG):
+        return "PNG"
+    if start.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if start.startswith(_TIFF):
+        return "TIFF"
+    if start.startswith(b"BM") and int.from_bytes(start[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    return None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image with PIL, header only, and refuse what cannot be one picture of a sane size."""
+def _opened(file: BinaryIO, path: Path) -> Iterator[Image.Image]:
+    """Open an image with PIL, header only, at its primary picture; refuse what is not one picture of a sane size."""
     from PIL import Image, ImageFile
 
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # set by some other library: truncated files would read as half gray
         raise InputError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES: True; expected False, or damaged files go unnoticed")
+    _silence_libtiff()
+    file.seek(0)
     # From a file object, not a path: with a path PIL maps uncompressed TIFF into memory, and then scrambles an image
     # whose orientation tag swaps width and height (Pillow 13.0).
-    with path.open("rb") as file:
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter
-            try:
-                image = Image.open(file, formats=("PNG", "JPEG", "TIFF"))
-            except Image.DecompressionBombError:
-                raise DataError(f"{path}: found more than {MAX_PIXELS} pixels; expected at most that") from None
+    try:
+        image = Image.open(file, formats=("PNG", "JPEG", "TIFF", "BMP"))
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: found more than {MAX_PIXELS} pixels; expected at most that") from None
+    with image:
+        _go_to_primary(image, path)
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path}: found {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
-        frames = getattr(image, "n_frames", 1)
-        if frames != 1:
-            raise DataError(f"{path}: found {frames} frames; expected one image a file")
         yield image
+
+
+def _go_to_primary(image: Image.Image, path: Path) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames == 1:
+        return
+    if image.format == "MPO":  # the first picture is the primary one; the others may be views of equal rank
+        kinds = {str(entry["Attribute"]["MPType"]) for entry in image.mpinfo[0xB002]}
+        primary = [] if any(kind.startswith("Multi-Frame") for kind in kinds) else [0]
+    elif image.format == "TIFF":
+        primary = [page for page in range(frames) if not _subfile_type(image, page) & (_REDUCED | _MASK)]
+    else:
+        primary = []
+    if len(primary) != 1:
+        raise DataError(f"{path}: found {frames} frames; expected one image per file")
+    image.seek(primary[0])
+
+
+def _subfile_type(image: Image.Image, page: int) -> int:
+    image.seek(page)
+    older = {2: _REDUCED}.get(image.tag_v2.get(255, 1), 0)  # SubfileType, which NewSubfileType has replaced
+    return int(image.tag_v2.get(254, older))
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Stop libtiff from printing on standard error; PIL raises an exception all the same.
+
+    PIL has no switch for it. Where its libtiff cannot be reached, the line is printed.
+    """
+    from PIL import _imaging
+
+    try:
+        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    except (AttributeError, OSError):
+        return
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    set_handler(None)
+
+
+def _check_png(data: bytes, path: Path) -> None:
+    """Refuse a PNG with a chunk that its CRC does not fit; PIL does not check those of the pixels."""
+    at = len(_PNG)
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        name, crc = data[at + 4 : at + 8], data[at + 8 + size : at + 12 + size]
+        if len(crc) < 4 or zlib.crc32(data[at + 4 : at + 8 + size]) != int.from_bytes(crc, "big"):
+            raise DataError(
+                f"{path}: found a damaged image (the checksum of PNG chunk {name!r} is wrong); expected it whole"
+            )
+        at += 12 + size
+        if name == b"IEND":
+            return
+    raise DataError(f"{path}: found a damaged image (a PNG without its end); expected it whole")
+
+
+def _check_deflate(image: Image.Image, data: bytes, path: Path) -> None:
+    """Refuse a deflate TIFF with a strip or tile that its checksum does not fit; libtiff stops short of it."""
+    tags = image.tag_v2
+    if tags.get(259) not in _DEFLATE or tags.get(266, 1) != 1:
+        return
+    starts, sizes = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
+    for start, size in zip(starts or (), sizes or (), strict=True):
+        inflate = zlib.decompressobj()
+        try:
+            inflate.decompress(data[start : start + size], 16 * MAX_PIXELS)
+            problem = "" if inflate.eof else "cut short"
+        except zlib.error as error:
+            problem = str(error)
+        if problem:
+            raise DataError(f"{path}: found a damaged image (TIFF: {problem}); expected it whole")
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after the orientation tag is applied. PIL does that itself for TIFF."""
     # getexif() of a PNG whose eXIf chunk comes last decodes the pixels; such a file is found out when it is read.
-    known = image.format == "JPEG" or "exif" in image.info
+    known = image.format in ("JPEG", "MPO") or "exif" in image.info
     turned = known and image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else image.size
 
 
-def _pil_gray(image: Image.Image, path: Path) -> np.ndarray:
+def _bits(image: Image.Image) -> int:
+    return int(image.tag_v2.get(258, (16,))[0]) if image.format == "TIFF" else 16
+
+
+def _pil_stored(image: Image.Image, path: Path) -> Stored:
     from PIL import ImageOps
 
     # Tags first: transposing returns an image without them.
     is_tiff = image.format == "TIFF"
-    bits = int(image.tag_v2.get(258, (16,))[0]) if is_tiff else 16
+    bits = _bits(image)
     white_is_zero = is_tiff and image.tag_v2.get(262) == 0
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in ("1", "L") and not image.has_transparency_data:
-        return np.array(image.convert("L"))  # PIL has already inverted white-is-zero at 8 bits and below
+        return Stored(
+            np.array(image.convert("L")), 0, 255
+        )  # PIL has already inverted white-is-zero at 8 bits and below
     if image.mode in ("1", "L", *_COLOUR_MODES):
-        return _luminance(image)
+        return Stored(_luminance(image), 0, 255)
     if image.mode.startswith("I;16") or (image.mode == "I" and not is_tiff):  # 'I': PNG in older versions of PIL
-        values = np.asarray(image).astype(np.float32) / np.float32(2**bits - 1)
-    elif image.mode == "F":
+        return Stored(np.asarray(image).astype(np.int32), 0, 2**bits - 1, white_is_zero)
+    if image.mode == "F":
         values = np.array(image, dtype=np.float32)
-    else:
-        raise DataError(f"{path}: found pixels of kind '{image.mode}'; {_EXPECTED} of 1 to 16 bits, or float in [0, 1]")
-    _check_unit_range(values, path)
-    return np.float32(1.0) - values if white_is_zero else values
+        if not np.isfinite(values).all():
+            raise DataError(f"{path}: found values that are not finite (nan or inf); expected numbers")
+        return Stored(values, 0, 1, white_is_zero)
+    if image.mode == "I":
+        return Stored(np.array(image), None, None, white_is_zero)
+    raise DataError(f"{path}: found pixels of kind '{image.mode}'; {_EXPECTED} of 1 to 16 bits, or float in [0, 1]")
 
 
 def _luminance(image: Image.Image) -> np.ndarray:
@@ -257,72 +420,3 @@ def _luminance(image: Image.Image) -> np.ndarray:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
     return np.array(image.convert("RGB").convert("L"))
-
-
-def _check_unit_range(values: np.ndarray, path: Path) -> None:
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
-        raise DataError(f"{path}: found values from {low:g} to {high:g}; expected [0, 1]")
-
-
-# ---------------------------------------------------------------- DICOM
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() == ".dcm":
-        return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _pydicom(path: Path) -> Any:
-    try:
-        import pydicom
-    except ImportError:
-        raise MissingPackageError(
-            f"{path}: a DICOM file needs pydicom, which is not installed; pip install 'medvdm[dicom]'"
-        ) from None
-    return pydicom
-
-
-def _dicom_dataset(path: Path, **options: Any) -> Any:
-    """The header of a DICOM file that holds one image."""
-    pydicom = _pydicom(path)
-    dataset = pydicom.dcmread(path, **options)
-    if "specific_tags" in options:
-        return dataset
-    if "Rows" not in dataset or "Columns" not in dataset:
-        raise DataError(f"{path}: found a DICOM file without an image (no Rows and Columns); expected one image")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise DataError(f"{path}: found {dataset.NumberOfFrames} frames; expected one image a file")
-    if int(dataset.Rows) * int(dataset.Columns) > MAX_PIXELS:
-        raise DataError(f"{path}: found {dataset.Columns} x {dataset.Rows} pixels; expected at most {MAX_PIXELS}")
-    return dataset
-
-
-def _dicom_gray(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    dataset = _dicom_dataset(path)
-    kind = str(dataset.get("PhotometricInterpretation", ""))
-    from pydicom.pixels import pixel_array
-
-    pixels = pixel_array(dataset)  # YCbCr comes out as RGB
-    if pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8 and not kind.startswith("PALETTE"):
-        return _as_dicom_float(np.array(Image.fromarray(pixels).convert("L")), 0, 255, path)
-    if kind not in ("MONOCHROME1", "MONOCHROME2") or pixels.ndim != 2:
-        raise DataError(
-            f"{path}: found {kind or 'no photometric interpretation'}; expected MONOCHROME1, 2 or 8-bit RGB"
-        )
-    bits = int(dataset.BitsStored)
-    low = -(2 ** (bits - 1)) if int(dataset.get("PixelRepresentation", 0)) else 0
-    values = _as_dicom_float(pixels, low, low + 2**bits - 1, path)
-    slope = dataset.get("RescaleSlope")
-    inverted = (kind == "MONOCHROME1") != (slope is not None and float(slope) < 0)
-    return np.float32(1.0) - values if inverted else values
-
-
-def _as_dicom_float(pixels: np.ndarray, low: int, high: int, path: Path) -> np.ndarray:
-    values = ((pixels.astype(np.float64) - low) / (high - low)).astype(np.float32)
-    _check_unit_range(values, path)  # pydicom has cleared the bits above BitsStored, where old files keep overlays
-    return values

@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
@@ -236,11 +237,19 @@ def test_dicom_is_scaled_by_bits_stored(tmp_path):
     np.testing.assert_allclose(got[..., 0], pixels / 4095, atol=1e-6)
 
 
-def test_dicom_bits_above_bits_stored_are_no_values(tmp_path):
+def test_dicom_overlay_bits_are_no_values(tmp_path):
+    """Old files keep an overlay plane in the unused bits; OverlayBitPosition says in which."""
     pixels = np.array([[0, 1000], [2048, 4095]], np.uint16)
-    with_overlay = pixels | np.uint16(1 << 14)  # where old files keep an overlay plane
-    got = convert.read_image(write_dicom(tmp_path / "a.dcm", with_overlay, bits=12))
-    np.testing.assert_allclose(got[..., 0], pixels / 4095, atol=1e-6)
+    with_overlay = pixels | np.uint16(1 << 14)
+    path = write_dicom(tmp_path / "a.dcm", with_overlay, bits=12)
+    with pytest.raises(DataError, match="BitsStored 12"):
+        convert.read_image(path)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new((0x6000, 0x0100), "US", 16)
+    dataset.add_new((0x6000, 0x0102), "US", 14)
+    dataset.save_as(path)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], pixels / 4095, atol=1e-6)
+    assert any("overlay" in remark for remark in convert.header(path).remarks)
 
 
 def test_signed_dicom(tmp_path):
@@ -274,6 +283,193 @@ def test_dicom_refused(tmp_path, make, words):
     with pytest.raises(DataError) as error:
         convert.read_image(path)
     assert str(path) in one_line(error) and words in str(error.value)
+
+
+WORDS = np.array([[0, 1000], [2048, 4095]], np.uint16)
+
+
+@pytest.mark.parametrize("top", [11, 12, 15])
+def test_dicom_high_bit(tmp_path, top):
+    path = write_dicom(tmp_path / "a.dcm", WORDS << (top - 11), bits=12, HighBit=top)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], WORDS / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [11, 15])
+def test_dicom_signed_high_bit(tmp_path, top):
+    values = np.array([[-2048, -1], [0, 2047]], np.int16)
+    path = write_dicom(tmp_path / "a.dcm", values << (top - 11), bits=12, signed=1, HighBit=top)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], (values + 2048.0) / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint8, 6), (np.uint16, 10), (np.uint32, 20)])
+def test_dicom_words_of_all_lengths(tmp_path, dtype, bits):
+    pixels = np.linspace(0, 2**bits - 1, 12).astype(dtype).reshape(3, 4)
+    path = write_dicom(tmp_path / "a.dcm", pixels, bits=bits)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], pixels / (2.0**bits - 1), atol=1e-6)
+
+
+def test_dicom_of_single_bits(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((4, 8), np.uint8))
+    dataset = pydicom.dcmread(path)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 1, 1, 0
+    bits = np.random.default_rng(0).integers(0, 2, (4, 8)).astype(np.uint8)
+    dataset.PixelData = np.packbits(bits, axis=None, bitorder="little").tobytes()
+    dataset.save_as(path)
+    np.testing.assert_array_equal(convert.read_image(path)[..., 0], bits)
+
+
+def test_dicom_planar_colour(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    write_dicom(tmp_path / "a.dcm", colour, kind="RGB")
+    planar = np.ascontiguousarray(colour.transpose(2, 0, 1)).reshape(4, 6, 3)
+    write_dicom(tmp_path / "b.dcm", planar, kind="RGB", PlanarConfiguration=1)
+    Image.fromarray(colour).save(tmp_path / "c.png")
+    for name in ("a.dcm", "b.dcm"):
+        np.testing.assert_array_equal(convert.read_gray(tmp_path / name), convert.read_gray(tmp_path / "c.png"))
+
+
+def test_dicom_rescale_inside_functional_groups(tmp_path):
+    """An enhanced file of one frame keeps slope and intercept there; a negative slope inverts."""
+    rescale = pydicom.Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept = -1, 0
+    group = pydicom.Dataset()
+    group.PixelValueTransformationSequence = [rescale]
+    path = write_dicom(tmp_path / "a.dcm", GRAY8, NumberOfFrames=1, SharedFunctionalGroupsSequence=[group])
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], 1 - GRAY8 / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+def test_a_window_is_in_hounsfield_units(tmp_path, kind):
+    units = np.array([[-3000, -1000, -300], [0, 400, 3000]])
+    stored = ((units + 1024) / 2).astype(np.int16)
+    path = write_dicom(tmp_path / "a.dcm", stored, signed=1, kind=kind, RescaleSlope=2, RescaleIntercept=-1024)
+    got = convert.read_image(path, window=(-1000, 400))[..., 0]
+    expected = np.clip((units + 1000) / 1400, 0, 1)
+    np.testing.assert_allclose(got, 1 - expected if kind == "MONOCHROME1" else expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("suffix", "make"), [
+    ("png", lambda p, v: Image.fromarray(v.astype(np.uint16)).save(p)),
+    ("tif", lambda p, v: tifffile.imwrite(p, v.astype(np.uint16))),
+    ("tiff", lambda p, v: tifffile.imwrite(p, v.astype(np.float32))),
+    ("TIF", lambda p, v: tifffile.imwrite(p, v.astype(np.int32))),
+])  # fmt: skip
+def test_a_window_of_other_files(tmp_path, suffix, make):
+    values = np.array([[0, 100, 500], [1000, 4095, 5000]])
+    make(tmp_path / f"a.{suffix}", values)
+    got = convert.read_image(tmp_path / f"a.{suffix}", window=(100, 4095))[..., 0]
+    np.testing.assert_allclose(got, np.clip((values - 100) / 3995, 0, 1), atol=1e-6)
+
+
+DICOM_REFUSED = {
+    "BitsStored": dict(pixels=WORDS, bits=8),
+    "HighBit 15": dict(pixels=WORDS, bits=12, HighBit=15),  # the lower bits are not empty
+    "HighBit 10": dict(pixels=WORDS, bits=12, HighBit=10),
+    "HighBit 16": dict(pixels=WORDS, bits=12, HighBit=16),
+    "BitsStored 17": dict(pixels=WORDS, bits=17),
+    "BitsAllocated 24": dict(pixels=WORDS, BitsAllocated=24),
+    "PixelRepresentation 1": dict(pixels=WORDS, bits=12, signed=1),
+    "ModalityLUTSequence": dict(pixels=GRAY8, ModalityLUTSequence=[pydicom.Dataset()]),
+    "RescaleSlope 0": dict(pixels=GRAY8, RescaleSlope="0"),
+    "RescaleSlope nan": dict(pixels=GRAY8, RescaleSlope=float("nan")),
+    "RescaleIntercept inf": dict(pixels=GRAY8, RescaleIntercept=float("inf")),
+    "INVERSE": dict(pixels=GRAY8, PresentationLUTShape="INVERSE"),
+    "IDENTITY": dict(pixels=GRAY8, kind="MONOCHROME1", PresentationLUTShape="IDENTITY"),
+    "bytes of PixelData": dict(pixels=GRAY8, Rows=5),
+    "48 bytes of PixelData": dict(pixels=GRAY8, Rows=7),
+    "PALETTE COLOR": dict(pixels=GRAY8, kind="PALETTE COLOR"),
+    "RGB with SamplesPerPixel 1": dict(pixels=GRAY8, kind="RGB"),
+    "RGB of BitsStored 16": dict(pixels=np.zeros((2, 2, 3), np.uint16), kind="RGB"),
+}
+
+
+@pytest.mark.parametrize("words", DICOM_REFUSED)
+def test_dicom_attribute_refused_by_name(tmp_path, words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom warns of values that it is asked to write
+        path = write_dicom(tmp_path / "a.dcm", **DICOM_REFUSED[words])
+    with pytest.raises(DataError) as error:
+        convert.read_image(path)
+    assert str(path) in one_line(error) and words in str(error.value) and "expected" in str(error.value)
+
+
+def test_dicom_float_pixels_are_refused(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", GRAY8)
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData, dataset.BitsStored, dataset.HighBit
+    dataset.BitsAllocated = 32
+    dataset.FloatPixelData = GRAY8.astype(np.float32).tobytes()
+    dataset.save_as(path)
+    with pytest.raises(DataError, match="no BitsStored.*integer pixels"):
+        convert.header(path)
+
+
+@pytest.mark.parametrize(("words", "tags"), [
+    ("lossily compressed", dict(LossyImageCompression="01")),
+    ("BurnedInAnnotation", dict(BurnedInAnnotation="YES")),
+    ("secondary captures", dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.7")),
+    ("secondary captures", dict(ImageType=["DERIVED", "SECONDARY"])),
+    ("for processing", dict(PresentationIntentType="FOR PROCESSING")),
+    ("not square", dict(PixelSpacing=[0.2, 0.1])),
+    ("not square", dict(PixelAspectRatio=[2, 1])),
+    ("PixelPaddingValue", dict(PixelPaddingValue=0)),
+    ("PatientOrientation R/F", dict(PatientOrientation=["R", "F"])),
+    ("PixelPresentation", dict(PixelPresentation="COLOR")),
+    ("modality CT", dict(Modality="CT")),
+])  # fmt: skip
+def test_dicom_attribute_remarked(tmp_path, words, tags):
+    path = write_dicom(tmp_path / "a.dcm", GRAY8, **tags)
+    assert [words in remark for remark in convert.header(path).remarks] == [True]
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], GRAY8 / 255, atol=1e-6)
+
+
+def test_an_ordinary_dicom_has_no_remarks(tmp_path):
+    path = write_dicom(
+        tmp_path / "a.dcm", GRAY8, Modality="DX", PatientOrientation=["L", "F"], PixelSpacing=[0.14, 0.14],
+        PresentationLUTShape="IDENTITY", PresentationIntentType="FOR PRESENTATION", BurnedInAnnotation="NO",
+        ImageType=["DERIVED", "PRIMARY"], LossyImageCompression="00",
+    )  # fmt: skip
+    assert convert.header(path).remarks == ()
+
+
+def _compressed(path, syntax, pixels, bits):
+    """Compressed by gdcm; the same bytes were checked once against another library's encoder."""
+    import gdcm
+
+    write_dicom(path, pixels, bits=bits, SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1")
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+    return path
+
+
+SYNTAXES = ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless", "RLELossless"]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_compressed_dicom(tmp_path, syntax):
+    pixels = np.random.default_rng(0).integers(0, 4096, (20, 30)).astype(np.uint16)
+    path = _compressed(tmp_path / "a.dcm", syntax, pixels, bits=12)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], pixels / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES[:2])
+def test_compressed_dicom_without_a_decoder_names_the_remedy(tmp_path, syntax, monkeypatch):
+    from pydicom.pixels import get_decoder
+
+    path = _compressed(tmp_path / "a.dcm", syntax, GRAY8, bits=8)
+    decoder = get_decoder(pydicom.dcmread(path).file_meta.TransferSyntaxUID)
+    monkeypatch.setattr(decoder, "_available", {})
+    with pytest.raises(MissingPackageError, match=r"a\.dcm.*pip install 'medvdm\[dicom\]'") as error:
+        convert.header(path)
+    one_line(error)
 
 
 def test_dicom_without_image(tmp_path):
@@ -330,8 +526,8 @@ REFUSED = {
     "gif_inside.png": (_gif, "no image of a known kind"),
     "frames.tif": (_frames, "3 frames"),
     "animated.png": (_animated, "2 frames"),
-    "int32.tif": (lambda p: tifffile.imwrite(p, np.zeros((4, 4), np.int32), photometric="minisblack"), "kind 'I'"),
-    "int16.tif": (lambda p: tifffile.imwrite(p, np.zeros((4, 4), np.int16), photometric="minisblack"), "kind 'I'"),
+    "int32.tif": (lambda p: tifffile.imwrite(p, np.zeros((4, 4), np.int32), photometric="minisblack"), "a known range"),
+    "int16.tif": (lambda p: tifffile.imwrite(p, np.zeros((4, 4), np.int16), photometric="minisblack"), "a known range"),
     "above.tif": (lambda p: tifffile.imwrite(p, np.full((4, 4), 200, np.float32)), "from 200 to 200"),
     "nan.tif": (lambda p: tifffile.imwrite(p, np.full((4, 4), np.nan, np.float32)), "nan"),
 }
@@ -386,6 +582,154 @@ def test_half_a_file_is_refused(tmp_path, kind):
         with pytest.raises(DataError) as error:
             convert.read_gray(path)
     assert str(path) in one_line(error)
+
+
+def _flips(path, whole, positions):
+    """What is read after each bit is flipped: None where the file is refused by its name."""
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            yield convert.read_gray(path)
+        except DataError as problem:
+            assert str(path) in str(problem) and "\n" not in str(problem)
+            yield None
+
+
+SMOOTH = np.add.outer(np.arange(12), np.arange(16) * 12).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["gray", "16", "palette", "rgba", "interlaced"])
+def test_no_flipped_bit_of_a_png_goes_unnoticed(tmp_path, kind):
+    path = tmp_path / "a.png"
+    image = Image.fromarray(SMOOTH.astype(np.uint16) * 200 if kind == "16" else SMOOTH)
+    image = image.convert({"palette": "P", "rgba": "RGBA"}.get(kind, image.mode))
+    image.save(path)
+    whole = path.read_bytes()
+    expected = convert.read_gray(path)
+    for got in _flips(path, whole, range(0, 8 * len(whole), 3 if kind == "gray" else 23)):
+        if got is not None:
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_png_with_a_wrong_checksum_only(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(SMOOTH).save(path)
+    whole = path.read_bytes()
+    for name in (b"IHDR", b"IDAT", b"IEND"):
+        at = whole.index(name)
+        crc = at + 4 + int.from_bytes(whole[at - 4 : at], "big")
+        path.write_bytes(whole[:crc] + bytes([whole[crc] ^ 1]) + whole[crc + 1 :])
+        with pytest.raises(DataError, match=r"a\.png") as error:
+            convert.read_gray(path)
+        one_line(error)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(tile=(16, 16)), dict(predictor=True), dict(rowsperstrip=3)])
+def test_no_flipped_pixel_of_a_deflate_tiff_goes_unnoticed(tmp_path, options):
+    """Its tags have no checksum: those are left alone here."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, SMOOTH, compression="zlib", photometric="minisblack", **options)
+    whole = path.read_bytes()
+    expected = convert.read_gray(path)
+    with tifffile.TiffFile(path) as file:
+        parts = list(zip(file.pages[0].dataoffsets, file.pages[0].databytecounts, strict=True))
+    bits = [bit for start, size in parts for bit in range(8 * start, 8 * (start + size), 11)]
+    for got in _flips(path, whole, bits):
+        if got is not None:
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "JPEG", "TIFF"])
+def test_a_flipped_bit_elsewhere_gives_one_line_or_a_picture(tmp_path, kind):
+    """No checksum there, so the picture may be another; but it is one in [0, 1], and no error is longer than a line."""
+    path = tmp_path / f"a.{kind.lower()}"
+    whole = _saved(kind)
+    for got in _flips(path, whole, range(0, 8 * len(whole), 61)):
+        if got is not None:
+            assert got.dtype == np.uint8 or (got.min() >= 0 and got.max() <= 1)
+
+
+def test_nothing_of_other_libraries_is_printed(tmp_path, capfd):
+    """libtiff prints on the process's standard error; pydicom and PIL warn, which would be an error in these tests."""
+    Image.fromarray(np.tile(SMOOTH, (4, 4))).save(tmp_path / "a.tif", compression="tiff_lzw")
+    whole = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(whole[:8] + bytes(200) + whole[208:])
+    path = write_dicom(tmp_path / "b.dcm", GRAY8)
+    path.write_bytes(path.read_bytes()[:-9])
+    for name in ("a.tif", "b.dcm"):
+        with pytest.raises(DataError) as error:
+            convert.read_gray(tmp_path / name)
+        one_line(error)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_of_the_caller_are_left_as_they_were(tmp_path):
+    _png(tmp_path / "a.png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: convert.read_gray(tmp_path / "a.png"), range(50)))
+    assert list(warnings.filters) == before
+
+
+# ---------------------------------------------------------------- what a file is, and which picture in it
+
+
+@pytest.mark.parametrize("name", ["a.ima", "a.dicom", "a.dic", "a", "a.IMA", "a.jpg"])
+def test_dicom_by_any_name(tmp_path, name):
+    path = write_dicom(tmp_path / name, GRAY8, PatientID="P7")
+    assert convert.kind_of(path) == "DICOM" and convert.dicom_patient(path) == "P7"
+    header = convert.header(path)
+    assert (header.patient, header.height, header.width) == ("P7", 6, 8)
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], GRAY8 / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "a.jpg"), ("BMP", "a.bmp"), ("BMP", "a.png"), ("TIFF", "a")])
+def test_other_kinds_by_any_name(tmp_path, kind, name):
+    Image.fromarray(GRAY8).save(tmp_path / name, format=kind)
+    assert convert.kind_of(tmp_path / name) == kind
+    np.testing.assert_array_equal(convert.read_gray(tmp_path / name), GRAY8)
+
+
+@pytest.mark.parametrize("start", [b"", b"BM", b"BM are my initials and this is text", b"GIF89a", b"RIFF....WEBP"])
+def test_no_image_by_its_first_bytes(tmp_path, start):
+    (tmp_path / "a").write_bytes(start)
+    assert convert.kind_of(tmp_path / "a") is None
+
+
+def test_the_first_picture_of_a_camera_jpeg(tmp_path):
+    big = np.kron(GRAY8, np.ones((16, 16), np.uint8))
+    small = Image.fromarray(255 - big[::4, ::4])
+    Image.fromarray(big).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[small], quality=95)
+    raw = (tmp_path / "a.jpg").read_bytes()
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    Image.fromarray(big).save(tmp_path / "b.jpg", quality=95)
+    np.testing.assert_array_equal(convert.read_gray(tmp_path / "a.jpg"), convert.read_gray(tmp_path / "b.jpg"))
+    assert "further pictures" in convert.header(tmp_path / "a.jpg").remarks[0]
+    primary, panorama = ((kind).to_bytes(4, "little") for kind in (0x030000, 0x020001))
+    at = raw.rindex(primary, 0, raw.index(b"MPF\0") + 120)  # in the list of pictures, which comes last
+    panorama = raw[:at] + panorama + raw[at + 4 :]
+    (tmp_path / "a.jpg").write_bytes(panorama)
+    with pytest.raises(DataError, match="2 frames"):
+        convert.header(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("first", ["picture", "thumbnail", "mask"])
+def test_the_page_of_a_tiff_that_is_no_thumbnail(tmp_path, first):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        if first == "picture":
+            file.write(GRAY8, photometric="minisblack")
+        file.write(GRAY8[::2, ::2], photometric="minisblack", subfiletype=1)
+        if first != "picture":
+            file.write(GRAY8, photometric="minisblack")
+    if first == "mask":
+        with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
+            file.pages[0].tags["NewSubfileType"].overwrite(4)
+    np.testing.assert_array_equal(convert.read_gray(tmp_path / "a.tif"), GRAY8)
+    header = convert.header(tmp_path / "a.tif")
+    assert (header.height, header.width) == (6, 8) and "further pictures" in header.remarks[0]
 
 
 def test_load_truncated_images_is_refused(tmp_path, monkeypatch):

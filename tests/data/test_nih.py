@@ -354,6 +354,7 @@ def test_truncated_file_is_found_at_load_in_memory_and_at_read_otherwise(folder,
     path.write_bytes(path.read_bytes()[:120])
     refused(DataError, folder, path)
     monkeypatch.setattr(files, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(files, "RANGE_SAMPLE", 2)  # the first and the last file
     data = nih.load(str(folder))
     data.read([0, 1])
     with pytest.raises(DataError, match=ROWS[2][0]):

@@ -1,0 +1,316 @@
+"""DICOM files: every attribute that changes what a stored number means is obeyed, refused by its name, or remarked.
+
+Obeyed:
+
+- BitsAllocated 1, 8, 16 or 32; BitsStored, HighBit and PixelRepresentation: values are shifted down by
+  HighBit + 1 - BitsStored and signed values are extended.
+- Bits that an OverlayBitPosition declares are no part of the values.
+- RescaleSlope and RescaleIntercept, also inside the functional groups of an enhanced file: values are in the
+  modality's units (CT: Hounsfield units), and their range is what BitsStored could hold, in those units.
+- MONOCHROME1 and PresentationLUTShape INVERSE: large values are dark.
+- 8-bit RGB and YBR, both PlanarConfigurations: Rec. 601 luminance.
+- A file of one frame; an IconImageSequence is not the picture and is not looked at.
+
+Refused:
+
+- Values with bits beyond BitsStored, or signed values that are not sign-extended (unsigned values declared signed).
+  Signed values that use all allocated bits, and compressed signed values, cannot be told from unsigned ones.
+- Fewer or more bytes of PixelData than Rows, Columns and BitsAllocated say; FloatPixelData and DoubleFloatPixelData.
+- ModalityLUTSequence; a RescaleSlope that is 0, or a slope or intercept that is not finite.
+- MONOCHROME2 with PresentationLUTShape INVERSE, MONOCHROME1 with IDENTITY: they contradict each other.
+- PALETTE COLOR, colour of other than 8 bits, several frames.
+
+Remarked, and otherwise ignored:
+
+- VOI windows and VOI LUTs are never applied (the operator's choice); nor are ICC profiles; neither is remarked.
+- Overlay planes, PixelPaddingValue, lossy compression, BurnedInAnnotation, secondary captures, images for processing,
+  supplemental palettes, pixels that are not square, a PatientOrientation other than left and foot, other modalities.
+
+DICOM has no checksum: a damaged value in uncompressed pixels is not found.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvdm.data.stored import MAX_PIXELS, Header, NoImageError, Stored
+from medvdm.errors import DataError, MissingPackageError
+
+SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
+
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_PROJECTIONS = ("CR", "DX", "DR", "RG", "MG", "XA", "RF", "OT", "")
+_INSTALL = "pip install 'medvdm[dicom]'"
+
+
+def header(path: Path) -> Header:
+    """The header of a DICOM file, without its pixels.
+
+    Raises:
+        NoImageError: it holds no picture.
+        DataError: its attributes cannot be used.
+        MissingPackageError: pydicom or a decoder of its compression is not installed.
+    """
+    dataset = _dataset(path, stop_before_pixels=True)
+    _check(dataset, path)
+    return Header(
+        height=int(dataset.Rows),
+        width=int(dataset.Columns),
+        is_uint8=int(dataset.get("SamplesPerPixel", 1)) == 3,
+        unit=_unit(dataset, path),
+        remarks=tuple(_remarks(dataset)),
+        patient=_text(dataset, "PatientID"),
+        issuer=_text(dataset, "IssuerOfPatientID"),
+    )
+
+
+def patient(path: Path) -> str:
+    """PatientID of a DICOM file, stripped; '' if it has none."""
+    return _text(_dataset(path, stop_before_pixels=True, specific_tags=["PatientID"]), "PatientID")
+
+
+def stored(path: Path) -> Stored:
+    """The values of a DICOM file in the modality's units. Raises as :func:`header`."""
+    dataset = _dataset(path)
+    _check(dataset, path)
+    if "PixelData" not in dataset:
+        raise DataError(f"{path}: found no PixelData; expected integer pixels")
+    if int(dataset.get("SamplesPerPixel", 1)) == 3:
+        return Stored(_luminance(dataset, path), 0, 255)
+    words = _words(dataset, path)
+    slope, intercept = _rescale(dataset, path)
+    ends = [slope * value + intercept for value in _type_range(dataset)]
+    kind = str(dataset.PhotometricInterpretation)
+    return Stored(words * slope + intercept, min(ends), max(ends), inverted=kind == "MONOCHROME1")
+
+
+def _dataset(path: Path, **options: Any) -> Any:
+    try:
+        import pydicom
+    except ImportError:
+        raise MissingPackageError(f"{path}: a DICOM file needs pydicom, which is not installed; {_INSTALL}") from None
+    return pydicom.dcmread(path, **options)
+
+
+def _text(dataset: Any, name: str) -> str:
+    return str(dataset.get(name) or "").strip()
+
+
+# ---------------------------------------------------------------- the header
+
+
+def _check(dataset: Any, path: Path) -> None:
+    """Refuse what the attributes alone forbid."""
+    if "Rows" not in dataset or "Columns" not in dataset:
+        raise NoImageError(f"{path}: found a DICOM file without an image (no Rows and Columns); expected one image")
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise DataError(f"{path}: found {dataset.NumberOfFrames} frames; expected one image per file")
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise DataError(f"{path}: found {columns} x {rows} pixels; expected 1 to {MAX_PIXELS} pixels")
+    _check_syntax(dataset, path)
+    _check_bits(dataset, path)
+    _check_meaning(dataset, path)
+    _rescale(dataset, path)
+
+
+def _unit(dataset: Any, path: Path) -> str:
+    signed = "signed " if int(dataset.get("PixelRepresentation") or 0) else ""
+    slope, intercept = _rescale(dataset, path)
+    return f"DICOM, {signed}{dataset.BitsStored} bits, slope {slope:g}, intercept {intercept:g}"
+
+
+def _check_syntax(dataset: Any, path: Path) -> None:
+    from pydicom.pixels import get_decoder
+
+    syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
+    if syntax is None:
+        raise DataError(f"{path}: found no TransferSyntaxUID; expected one, which says how the pixels are stored")
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise DataError(f"{path}: found pixels stored as {syntax.name}; expected one picture, not a video") from None
+    if not decoder.is_available:
+        raise MissingPackageError(f"{path}: no decoder for its compression; {_INSTALL} ({syntax.name})")
+
+
+def _check_bits(dataset: Any, path: Path) -> None:
+    for name in ("BitsAllocated", "BitsStored", "HighBit"):
+        if dataset.get(name) is None:
+            raise DataError(f"{path}: found no {name}; expected integer pixels, which state it")
+    allocated, bits, top = int(dataset.BitsAllocated), int(dataset.BitsStored), int(dataset.HighBit)
+    if allocated not in (1, 8, 16, 32):
+        raise DataError(f"{path}: found BitsAllocated {allocated}; expected 1, 8, 16 or 32")
+    if not 1 <= bits <= allocated:
+        raise DataError(f"{path}: found BitsStored {bits}; expected 1 to {allocated}, the BitsAllocated")
+    if not bits - 1 <= top < allocated:
+        raise DataError(f"{path}: found HighBit {top}; expected {bits - 1} to {allocated - 1}, for BitsStored {bits}")
+    if int(dataset.get("PixelRepresentation") or 0) not in (0, 1):
+        raise DataError(f"{path}: found PixelRepresentation {dataset.PixelRepresentation}; expected 0 or 1")
+
+
+def _check_meaning(dataset: Any, path: Path) -> None:
+    kind = _text(dataset, "PhotometricInterpretation")
+    samples = int(dataset.get("SamplesPerPixel", 1))
+    if samples == 3 and kind in _COLOURS:
+        if (int(dataset.BitsAllocated), int(dataset.BitsStored)) != (8, 8):
+            raise DataError(f"{path}: found {kind} of BitsStored {dataset.BitsStored}; expected 8-bit colour")
+    elif samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(
+            f"{path}: found {kind or 'no PhotometricInterpretation'} with SamplesPerPixel {samples}; "
+            "expected MONOCHROME1, MONOCHROME2 or 8-bit RGB"
+        )
+    shape = _text(dataset, "PresentationLUTShape")
+    if (kind, shape) in (("MONOCHROME2", "INVERSE"), ("MONOCHROME1", "IDENTITY")):
+        raise DataError(f"{path}: found {kind} with PresentationLUTShape {shape}; expected the two to agree")
+    if "ModalityLUTSequence" in dataset:
+        raise DataError(f"{path}: found a ModalityLUTSequence; expected RescaleSlope and RescaleIntercept or neither")
+
+
+def _rescale(dataset: Any, path: Path) -> tuple[float, float]:
+    """RescaleSlope and RescaleIntercept, from the file or from its functional groups."""
+    found = []
+    for name, missing in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)):
+        values = [source.get(name) for source in _with_groups(dataset, "PixelValueTransformationSequence")]
+        stated = next((value for value in values if value is not None and value != ""), missing)
+        number = float(stated)
+        if not math.isfinite(number) or (name == "RescaleSlope" and number == 0):
+            raise DataError(f"{path}: found {name} {stated}; expected a finite number, and not 0 for the slope")
+        found.append(number)
+    return found[0], found[1]
+
+
+def _with_groups(dataset: Any, sequence: str) -> list[Any]:
+    """The data set, and the items of ``sequence`` in its functional groups (of its only frame)."""
+    items = [dataset]
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        for group in dataset.get(groups) or ():
+            items += group.get(sequence) or ()
+    return items
+
+
+def _remarks(dataset: Any) -> list[str]:
+    from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
+
+    lossy = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000)
+    spacing = [float(value) for value in (_spacing(dataset) or (1, 1))]
+    orientation = [str(value) for value in dataset.get("PatientOrientation") or ()]
+    image_type = [str(value) for value in dataset.get("ImageType") or ()]
+    modality = _text(dataset, "Modality")
+    remarks = {
+        "lossily compressed (LossyImageCompression or the transfer syntax says so)": (
+            _text(dataset, "LossyImageCompression") == "01" or dataset.file_meta.TransferSyntaxUID in lossy
+        ),
+        "say BurnedInAnnotation YES: text in the picture, perhaps of the patient": (
+            _text(dataset, "BurnedInAnnotation") == "YES"
+        ),
+        "secondary captures or derived copies, not as the detector gave them": (
+            _text(dataset, "SOPClassUID").startswith(_SECONDARY_CAPTURE) or image_type[:2] == ["DERIVED", "SECONDARY"]
+        ),
+        "for processing, not for presentation: their gray values are the detector's": (
+            _text(dataset, "PresentationIntentType") == "FOR PROCESSING"
+        ),
+        "have pixels that are not square and are read as if they were": not math.isclose(*spacing, rel_tol=0.01),
+        "have an overlay that is not drawn": any(0x6000 <= tag.group <= 0x601E for tag in dataset.keys()),
+        "have a PixelPaddingValue: padded pixels stay as they are": "PixelPaddingValue" in dataset,
+        "have colours on top of gray (PixelPresentation), which are not drawn": (
+            _text(dataset, "PixelPresentation") in ("COLOR", "MIXED")
+        ),
+        f"have PatientOrientation {'/'.join(orientation)}, where a frontal X-ray has L/F: not turned or mirrored": (
+            len(orientation) == 2 and [value[:1] for value in orientation] != ["L", "F"]
+        ),
+        f"of modality {modality}": modality not in _PROJECTIONS,
+    }
+    return [text for text, true in remarks.items() if true]
+
+
+def _spacing(dataset: Any) -> Any:
+    """Height and width of a pixel, in any unit."""
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+        for source in _with_groups(dataset, "PixelMeasuresSequence"):
+            value = source.get(name)
+            if value is not None and len(value) == 2 and all(float(side) > 0 for side in value):
+                return value
+    return None
+
+
+# ---------------------------------------------------------------- the pixels
+
+
+def _decoded(dataset: Any, path: Path, **options: Any) -> np.ndarray:
+    from pydicom.pixels import get_decoder, pixel_array
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated and "422" not in str(dataset.PhotometricInterpretation):
+        bits = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1))
+        expected = -(-bits * int(dataset.BitsAllocated) // 8)
+        if len(dataset.PixelData) not in (expected, expected + expected % 2):
+            raise DataError(
+                f"{path}: found {len(dataset.PixelData)} bytes of PixelData; expected {expected}, for "
+                f"{dataset.Columns} x {dataset.Rows} pixels of BitsAllocated {dataset.BitsAllocated}"
+            )
+    try:
+        return pixel_array(dataset, **options)
+    except Exception as problem:
+        if not syntax.is_encapsulated:
+            raise
+        lacking = "" if "gdcm" in get_decoder(syntax).available_plugins else f"; if it is intact, {_INSTALL}"
+        reason = " ".join(str(problem).split())[-100:]
+        raise DataError(f"{path}: found pixels that do not decode as {syntax.name}{lacking} ({reason})") from None
+
+
+def _luminance(dataset: Any, path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.array(Image.fromarray(_decoded(dataset, path)).convert("L"))  # YBR comes out of pydicom as RGB
+
+
+def _type_range(dataset: Any) -> tuple[int, int]:
+    bits = int(dataset.BitsStored)
+    low = -(1 << (bits - 1)) if int(dataset.get("PixelRepresentation") or 0) else 0
+    return low, low + (1 << bits) - 1
+
+
+def _words(dataset: Any, path: Path) -> np.ndarray:
+    """Stored integers as int64 of shape (Rows, Columns), after HighBit, BitsStored and PixelRepresentation."""
+    array = _decoded(dataset, path, raw=True, correct_unused_bits=False)
+    allocated, bits, top = array.dtype.itemsize * 8, int(dataset.BitsStored), int(dataset.HighBit)
+    words = array.astype(array.dtype.newbyteorder("=")).view(f"u{array.dtype.itemsize}").astype(np.int64)
+    words &= ~np.int64(_overlay_bits(dataset))
+    shift = top + 1 - bits
+    if shift and (words & ((1 << shift) - 1)).any():
+        raise DataError(f"{path}: found values with bits below HighBit {top}, BitsStored {bits}; expected none")
+    words >>= shift
+    values, beyond = words & ((1 << bits) - 1), words >> bits
+    if not int(dataset.get("PixelRepresentation") or 0):
+        if beyond.any():
+            raise DataError(
+                f"{path}: found stored values up to {int(words.max())}; expected at most {(1 << bits) - 1}, "
+                f"for BitsStored {bits}"
+            )
+        return values
+    negative = values >> (bits - 1)
+    extended = beyond == negative * ((1 << (allocated - shift - bits)) - 1)
+    bare = dataset.file_meta.TransferSyntaxUID.is_encapsulated and not beyond.any()
+    if not (extended.all() or bare):
+        raise DataError(
+            f"{path}: found stored values up to {int(words.max())} that are not sign-extended; expected signed values "
+            f"of BitsStored {bits}, for PixelRepresentation 1"
+        )
+    return values - (negative << bits)
+
+
+def _overlay_bits(dataset: Any) -> int:
+    """The bits of a stored word that overlay planes use."""
+    bits = 0
+    for group in range(0x6000, 0x6020, 2):
+        position = dataset.get((group, 0x0102))
+        if position is not None and (group, 0x3000) not in dataset:  # OverlayData: the plane is stored elsewhere
+            bits |= 1 << int(position.value)
+    inside = ((1 << int(dataset.BitsStored)) - 1) << (int(dataset.HighBit) + 1 - int(dataset.BitsStored))
+    return bits & ~inside
