@@ -217,7 +217,12 @@ def open_images(
     changed = [fit] if image_size is not None and any(head.height != head.width for head in heads) else []
     changed += [f"window {limits[0]!r} {limits[1]!r}"] if limits is not None else []
     return FileImages(
-        reader, (height, width, 1), notes, lambda: content.of_files(paths, changed), ranges, tuple(pictures)
+        reader=reader,
+        image_shape=(height, width, 1),
+        notes=notes,
+        stored_range=ranges,
+        digests=lambda: content.of_files(paths, changed),
+        pictures=tuple(pictures),
     )
 
 
