@@ -38,7 +38,7 @@ class RunError(MedvdmError, ValueError):
 
 
 class DivergedError(MedvdmError, FloatingPointError):
-    """Training produced a value that is not finite. The last good checkpoint is intact."""
+    """Training or sampling produced a value that is not finite. The last good checkpoint is intact."""
 
     exit_code = 1
 

@@ -134,7 +134,7 @@ def strip(
     """States of the forward or the reverse process from left to right, one row per image.
 
     Args:
-        states: (k, n, h, w) or (k, n, h, w, c) with c 1 or 3, as :attr:`medvdm.models.generate.Samples.states`.
+        states: (k, n, h, w) or (k, n, h, w, c) with c 1 or 3, as :attr:`medvdm.models.generate.Generated.states`.
         times: (k,) the time t of each state, from 0 to 1; they stand above the columns.
         synthetic: whether a model has drawn the images, see :func:`image_grid`.
         gammas: (k,) gamma = -log SNR of each state in nats, for a second line above the columns.

@@ -40,7 +40,7 @@ from medvdm.runs import config
 from medvdm.runs.config import RunConfig  # noqa: E402
 from medvdm.runs.fit import fill_in, first_state
 from medvdm.runs.presets import preset
-from medvdm.theory import bound  # noqa: E402
+from medvdm.theory import bound, schedules  # noqa: E402
 from medvdm.training import augmentation
 from medvdm.training.devices import Layout  # noqa: E402
 from medvdm.training.step import augmentations, gradient, optimiser
@@ -119,17 +119,17 @@ def trainer(asked: RunConfig) -> Any:
 def _trainer(asked: RunConfig) -> Any:
     model, train = asked.model, asked.training
     graph = vdm.graph_of(model)
-    optimise = optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
+    optimise = optimiser(train, learned_schedule=schedules.KINDS[model.schedule].learned)
 
     def step(carry: Any, key: jax.Array, images: jax.Array) -> Any:
         params, opt_state, ema = carry
         key_rows, key_augment, key_bound = jax.random.split(key, 3)
         rows = jax.random.choice(key_rows, len(images), (train.batch_size,), replace=False)
         x = augmentation.augment(key_augment, images[rows], **augmentations(train))
-        trained, measured = vdm.partition(params)
+        trained, measured = vdm.partition(graph, params)
         grads, _ = gradient(graph, train, params, x, None, key_bound)
         updates, opt_state = optimise.update(grads, opt_state, trained)
-        params = optax.apply_updates(trained, updates) | measured
+        params = vdm.join(optax.apply_updates(trained, updates), measured)
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - train.ema_decay)
         return (params, opt_state, ema), None

@@ -27,6 +27,7 @@ from medvdm import data
 from medvdm.models import vdm
 from medvdm.runs.config import RunConfig, change
 from medvdm.theory import bound as bound_
+from medvdm.theory import schedules
 from medvdm.training.step import gradient, init_state, jit_step, optimiser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
@@ -68,7 +69,7 @@ def trainer(arm: str) -> Any:
     config = settings(arm)
     model, train = config.model, config.training
     graph = vdm.graph_of(model)
-    optimise = optimiser(train, learned_schedule=not model.schedule.startswith("fixed"))
+    optimise = optimiser(train, learned_schedule=schedules.KINDS[model.schedule].learned)
 
     @jax.jit
     def begin(key: jax.Array) -> vdm.Params:

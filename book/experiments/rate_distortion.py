@@ -165,7 +165,8 @@ class WithEnds:
         return (1.0 - t) * self.gamma_0 + t * GAMMA_1
 
     def condition(self, gamma: jax.Array, label: jax.Array) -> tuple[jax.Array, ...]:
-        return self.model.score.condition((gamma - self.gamma_0) / (GAMMA_1 - self.gamma_0), label)
+        low, high = self.model.score.gamma_range  # the network is told where gamma lies between the ends of this model
+        return self.model.score.condition(low + (high - low) * (gamma - self.gamma_0) / (GAMMA_1 - self.gamma_0), label)
 
 
 class Trainer:

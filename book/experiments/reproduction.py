@@ -34,7 +34,7 @@ from medvdm import plotting
 from medvdm.evaluation import held_out
 from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.models import likelihoods, vdm
-from medvdm.models.generate import Samples, generate
+from medvdm.models.generate import Generated, generate
 from medvdm.runs.presets import preset
 from medvdm.runs.run import Run, load, load_data
 from medvdm.runs.sample import sample
@@ -216,7 +216,7 @@ def starts(f: np.ndarray, gamma: float, num: int) -> dict[str, np.ndarray]:
     }
 
 
-def draw(run: Run, steps: int, z: np.ndarray) -> Samples:
+def draw(run: Run, steps: int, z: np.ndarray) -> Generated:
     """Chains from given latents at t = 1."""
     return generate(run.graph, run.params, num=len(z), steps=steps, z=z, seed=SEED)
 

@@ -28,7 +28,7 @@ from medvdm.runs.config import BenchmarkConfig, RunConfig, settings
 from medvdm.runs.record import environment, version
 from medvdm.training import batches as batches_
 from medvdm.training.devices import Layout
-from medvdm.training.step import augmentations, init_state, jit_step
+from medvdm.training.step import augmentations, jit_step, new_state
 
 DEFAULTS = BenchmarkConfig()
 
@@ -113,7 +113,8 @@ def plain_step(config: RunConfig) -> Any:
         updates, opt = chain.update(grads, opt, p)
         p = optax.apply_updates(p, updates)
         if ema is not None:
-            ema = jax.tree.map(lambda a, b: t.ema_decay * a + (1 - t.ema_decay) * b, ema, p)
+            decay = jnp.minimum(t.ema_decay, (1.0 + k) / (10.0 + k))
+            ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, p)
         return (k + 1, p, opt, ema), terms
 
     def start(p: Any) -> Any:
@@ -145,7 +146,8 @@ def run(config: RunConfig, how: BenchmarkConfig = DEFAULTS, **changes: Any) -> d
     m, t, repeats, roofline = config.model, config.training, how.repeats, how.roofline
     if repeats < 3:
         raise InputError(f"repeats: {repeats}; expected at least 3")
-    plain = m.architecture == "residual" and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
+    dense = vdm.ARCHITECTURES[m.architecture].dense
+    plain = dense and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
     if not plain or t.gradient_difference_weight or any(augmentations(t).values()):
         raise InputError(
             "benchmark: the plain step has residual networks, continuous time, fixed-linear gamma, stratified times "
@@ -164,7 +166,7 @@ def run(config: RunConfig, how: BenchmarkConfig = DEFAULTS, **changes: Any) -> d
     labels = jnp.asarray(images.labels[rows], jnp.float32) if model.classes else None
 
     step = jit_step(model, t)
-    state = jax.jit(lambda: init_state(model, t))()
+    state = new_state(model, t)
     parameters = vdm.count(state.params)
     plain, start = plain_step(config)
     plain_state = start(state.params)

@@ -113,7 +113,7 @@ def dense_layers(model: vdm.VDMConfig) -> tuple[Dense, ...]:
     Raises:
         InputError: an architecture that is not made of dense layers only.
     """
-    if model.architecture != "residual":
+    if not vdm.ARCHITECTURES[model.architecture].dense:
         raise InputError(f"architecture: '{model.architecture}'; expected 'residual', whose layers are all dense")
     c, inner, pixels = model.embedding_dim, model.inner_width, model.dimensions
 

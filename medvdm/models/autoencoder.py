@@ -39,7 +39,7 @@ class Encoder(nnx.Module):
         self.leave = nnx.Linear(width, latent, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n latent"]:
-        """Encode images in [0, 1]; raises as :func:`check_images`."""
+        """Encode images in [0, 1]; raises as :func:`medvdm.models.blocks.check_images`."""
         check_images(x, self.image_shape)
         h = self.enter(rearrange(2.0 * x - 1.0, "n h w c -> n (h w c)").astype(self.dtype))
         for block in self.blocks:
@@ -48,7 +48,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latent to the logits of one Bernoulli per pixel: dense, residual blocks, dense (paper, section 2.4)."""
+    """Latent to the logits of one Bernoulli per pixel: dense, residual blocks, dense (paper, section 2.4).
+
+    It has no use for ``gamma_0``, the least noise, which other decoders are told.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([ResidualBlock(width, inner_width, dtype=dtype, rngs=rngs) for _ in range(layers)])
         self.leave = nnx.Linear(width, math.prod(image_shape), dtype=dtype, rngs=rngs)
 
-    def __call__(self, z: Float[Array, "n latent"]) -> Float[Array, "n h w c"]:
+    def __call__(self, z: Float[Array, "n latent"], gamma_0: Float[Array, ""] | None = None) -> Float[Array, "n h w c"]:
         h = self.enter(z.astype(self.dtype))
         for block in self.blocks:
             h = block(h)

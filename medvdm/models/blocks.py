@@ -13,9 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medvdm.errors import InputError, InputTypeError
+from medvdm.errors import InputError
+from medvdm.models.likelihoods import check_gray
 
-DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+#: Types of arithmetic. Not float16: its least number is 6e-8, most gradients of a loss per dimension are smaller, and
+#: nothing here scales the loss.
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
+
+
+class Measured(nnx.Variable):
+    """A part of a model that is measured from the training images before the first step, and never trained.
+
+    Training splits a model by the kind of its variables: ``nnx.Param`` is trained, this is not.
+    """
 
 
 def time_embedding(u: Float[Array, " n"], width: int) -> Float[Array, "n width"]:
@@ -74,14 +84,12 @@ class ResidualBlock(nnx.Module):
 
 
 def check_images(x: Array, image_shape: tuple[int, int, int]) -> None:
-    """Refuse what is no batch of the model's images.
+    """Refuse what is no batch of the model's images; raises as :func:`medvdm.models.likelihoods.check_gray`, and
 
     Raises:
-        InputTypeError: x is not floating point. (Integer images are a scale of 0..255 or a cast gone wrong.)
         InputError: x has another shape than the model's images.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise InputTypeError(f"images: dtype {x.dtype}; expected float in [0, 1]")
+    check_gray(x)
     if x.ndim != 4 or x.shape[1:] != image_shape:
         raise InputError(f"images: shape {x.shape}; expected (n, *{image_shape})")
 

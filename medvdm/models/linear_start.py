@@ -14,7 +14,7 @@ posterior mean. Each part here is that closed form plus a network whose last lay
 The network on the noise sees a latent of unit variance at every t, and its answer is scaled by the deviation of the
 exact denoiser's error. The network on the image is convolutional, on cells of 8 x 8 pixels. :math:`s` is a smooth clip,
 because a posterior mean of gray values can leave [0, 1]. The components are measured, not trained: see
-:func:`principal_components`, which may look at augmented copies of the training images.
+:func:`medvdm.evaluation.components.principal_components`, which may look at augmented copies of the training images.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from medvdm.models.blocks import check_images
+from medvdm.models.blocks import Measured, check_images
 from medvdm.models.scorenet import ScoreNet
 from medvdm.theory import gaussian
 
-CLIP = 0.015  #: delta of the smooth clip; 0.002 to 0.015 were tried on validation images, see chapter 16
+DELTA = 0.015  #: of the smooth clip; 0.002 to 0.015 were tried on validation images, see chapter 16
+CELL = 8  #: side in pixels of the cells that the decoder's convolutions see as one place
 
 
 class Basis(nnx.Module):
     """Mean (P,), components (k, P) and variances (k,) of the training images; not trained. Zero until they are set."""
 
     def __init__(self, pixels: int, latent: int):
-        self.mean = nnx.Param(jnp.zeros((pixels,)))
-        self.components = nnx.Param(jnp.zeros((latent, pixels)))
-        self.variances = nnx.Param(jnp.ones((latent,)))
+        self.mean = Measured(jnp.zeros((pixels,)))
+        self.components = Measured(jnp.zeros((latent, pixels)))
+        self.variances = Measured(jnp.ones((latent,)))
 
 
 class LinearEncoder(nnx.Module):
@@ -70,7 +71,11 @@ class ConvBlock(nnx.Module):
 
 
 class LinearDecoder(nnx.Module):
-    """Latent to logits: the posterior mean image, smoothly clipped, and a convolutional correction."""
+    """Latent to logits: the posterior mean image, smoothly clipped, and a convolutional correction.
+
+    A side that is no multiple of :data:`CELL` is filled up for the convolutions with copies of its last row or column,
+    and what they say there is cut off.
+    """
 
     def __init__(
         self,
@@ -82,12 +87,10 @@ class LinearDecoder(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        height, wide, channels = image_shape
         self.image_shape = tuple(image_shape)
         self.dtype = dtype
         self.basis = basis
-        self.cell = next(side for side in (8, 4, 2, 1) if height % side == 0 and wide % side == 0)
-        inside = self.cell**2 * channels
+        inside = CELL**2 * image_shape[2]
         self.enter = nnx.Conv(inside + 2, width, (3, 3), dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([ConvBlock(width, dtype=dtype, rngs=rngs) for _ in range(layers)])
         zeros = nnx.initializers.zeros_init()
@@ -104,8 +107,10 @@ class LinearDecoder(nnx.Module):
 
     def __call__(self, z: Float[Array, "n latent"], gamma_0: Float[Array, ""]) -> Float[Array, "n h w c"]:
         logits = self.mean_logits(z, gamma_0)
-        sides = {"p": self.cell, "q": self.cell}
-        cells = rearrange(0.3 * logits, "n (a p) (b q) c -> n a b (p q c)", **sides)
+        _, height, width, _ = logits.shape
+        filled = jnp.pad(logits, ((0, 0), (0, -height % CELL), (0, -width % CELL), (0, 0)), mode="edge")
+        sides = {"p": CELL, "q": CELL}
+        cells = rearrange(0.3 * filled, "n (a p) (b q) c -> n a b (p q c)", **sides)
         n, a, b, _ = cells.shape
         place = jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, a), jnp.linspace(-1, 1, b), indexing="ij"), axis=-1)
         place = jnp.broadcast_to(place[None], (n, a, b, 2))
@@ -113,28 +118,33 @@ class LinearDecoder(nnx.Module):
         for block in self.blocks:
             h = block(h)
         change = self.leave(nnx.swish(h)).astype(jnp.float32)
-        return logits + rearrange(change, "n a b (p q c) -> n (a p) (b q) c", **sides)
+        return logits + rearrange(change, "n a b (p q c) -> n (a p) (b q) c", **sides)[:, :height, :width]
 
 
 def _clip(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Smoothly positive: p for p well above :data:`CLIP`, half of it at 0."""
-    root = jnp.sqrt(p * p + CLIP**2)
-    return 0.5 * jnp.where(
-        p > 0, p + root, CLIP**2 / (root + jnp.abs(p))
-    )  # the same twice; below 0 digits would cancel
+    """Smoothly positive: p for p well above :data:`DELTA`, half of that at 0."""
+    root = jnp.sqrt(p * p + DELTA**2)
+    # The same twice; below 0 the first would lose its digits.
+    return 0.5 * jnp.where(p > 0, p + root, DELTA**2 / (root + jnp.abs(p)))
 
 
 class LinearScore(nnx.Module):
-    """The exact denoiser of a Gaussian latent, and the paper's ScoreNet as a correction; formula in the head."""
+    r"""The exact denoiser of a Gaussian latent, and the paper's ScoreNet as a correction.
+
+    .. math::
+        \hat\epsilon = \frac{\sigma_t z_t}{v_t}
+            + \sqrt{\frac{\alpha_t^2 \lambda}{v_t}} \odot net\!\left(\frac{z_t}{\sqrt{v_t}}, t\right),
+            \qquad v_t = \alpha_t^2 \lambda + \sigma_t^2
+    """
 
     def __init__(self, basis: Basis, net: ScoreNet):
         self.basis = basis
         self.net = net
 
-    def condition(self, gamma: Float[Array, " m"], u: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
+    def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
         """What depends on time and label only: the modulation of the network, alpha^2, sigma^2."""
         alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)  # alpha^2 = sigmoid(-gamma)
-        return self.net.condition(u, label), alpha2[:, None], sigma2[:, None]
+        return self.net.condition(gamma, label), alpha2[:, None], sigma2[:, None]
 
     def __call__(self, z: Float[Array, "n latent"], condition: Any) -> Float[Array, "n latent"]:
         modulation, alpha2, sigma2 = condition

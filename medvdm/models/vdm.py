@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import blocks, likelihoods
@@ -25,8 +26,7 @@ from medvdm.models.scorenet import ScoreNet
 from medvdm.theory import bound, gaussian, schedules
 
 Params = dict[str, Any]
-ARCHITECTURES = ("residual", "linear-start")
-BASIS = "basis"  #: the part of the parameters that is measured from the training images and not trained
+VARIABLES = (nnx.Param, blocks.Measured)  #: what :func:`split` takes out of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class VDMConfig:
     """Residual blocks of the decoder."""
     score_layers: int = 10
     """Residual blocks of the ScoreNet."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the arithmetic inside the networks; parameters and losses stay float32."""
 
     def __post_init__(self) -> None:
@@ -81,12 +81,17 @@ class VDMConfig:
             raise InputError(f"embedding_dim: {self.embedding_dim}; expected an even number (sines and cosines)")
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
             raise InputError(f"image_shape: {self.image_shape}; expected (height, width, channels)")
+        if self.dtype == "float16":
+            raise InputError(
+                "dtype: 'float16'; most gradients are below its least number, 6e-8, and would be 0; "
+                "expected 'float32' or 'bfloat16', which has float32's range"
+            )
         if self.dtype not in blocks.DTYPES:
             raise InputError(f"dtype: '{self.dtype}'; {nearest(self.dtype, blocks.DTYPES)}")
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
-        if self.schedule not in schedules.NAMES:
-            raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.NAMES)}")
+        if self.schedule not in schedules.KINDS:
+            raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.KINDS)}")
         if self.learn_ends and self.schedule != "monotonic":
             raise InputError(f"learn_ends: True with schedule '{self.schedule}'; expected schedule 'monotonic'")
 
@@ -94,6 +99,65 @@ class VDMConfig:
     def dimensions(self) -> int:
         """Number of pixels times channels, by which bits per image are divided to give bits per dimension."""
         return math.prod(self.image_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How the parts of a model are built, and what the rest of the library has to know of them.
+
+    All encoders, decoders and score networks are called alike: ``encoder(x)``, ``decoder(z, gamma_0)``,
+    ``score.condition(gamma, label)`` and ``score(z, condition)``.
+    """
+
+    build: Callable[[VDMConfig, jnp.dtype, nnx.Rngs], dict[str, nnx.Module]]
+    """Makes ``encoder``, ``decoder`` and ``score``, and what they share, by name."""
+    measures_components: bool = False
+    """Whether components of the training images are measured before the first step (:func:`with_components`)."""
+    dense: bool = True
+    """Whether all layers are dense ones, whose work is counted in :mod:`medvdm.cost`."""
+
+
+def _score_net(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> ScoreNet:
+    return ScoreNet(
+        config.latent,
+        embedding_dim=config.embedding_dim,
+        layers=config.score_layers,
+        inner_width=config.inner_width,
+        gamma_range=(config.gamma_min, config.gamma_max),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _residual(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    shared = {"inner_width": config.inner_width, "dtype": dtype, "rngs": rngs}
+    return {
+        "encoder": Encoder(
+            config.image_shape, config.latent, width=config.encoder_width, layers=config.encoder_layers, **shared
+        ),
+        "decoder": Decoder(
+            config.image_shape, config.latent, width=config.decoder_width, layers=config.decoder_layers, **shared
+        ),
+        "score": _score_net(config, dtype, rngs),
+    }
+
+
+def _linear_start(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    basis = Basis(config.dimensions, config.latent)
+    return {
+        "basis": basis,
+        "encoder": LinearEncoder(config.image_shape, basis),
+        "decoder": LinearDecoder(
+            config.image_shape, basis, width=config.decoder_width, layers=config.decoder_layers, dtype=dtype, rngs=rngs
+        ),
+        "score": LinearScore(basis, _score_net(config, dtype, rngs)),
+    }
+
+
+ARCHITECTURES = {
+    "residual": Architecture(build=_residual),
+    "linear-start": Architecture(build=_linear_start, measures_components=True, dense=False),
+}
 
 
 class VDM(nnx.Module):
@@ -109,28 +173,14 @@ class VDM(nnx.Module):
         self.schedule = schedules.make(
             config.schedule, config.gamma_min, config.gamma_max, learn_ends=config.learn_ends, rngs=rngs
         )
-        sizes = {"inner_width": config.inner_width, "dtype": dtype, "rngs": rngs}
-        if config.architecture == "linear-start":
-            self.basis = Basis(config.dimensions, config.latent)
-            self.encoder = LinearEncoder(config.image_shape, self.basis)
-            self.decoder = LinearDecoder(
-                config.image_shape,
-                self.basis,
-                width=config.decoder_width,
-                layers=config.decoder_layers,
-                dtype=dtype,
-                rngs=rngs,
-            )
-        else:
-            self.encoder = Encoder(
-                config.image_shape, config.latent, width=config.encoder_width, layers=config.encoder_layers, **sizes
-            )
-            self.decoder = Decoder(
-                config.image_shape, config.latent, width=config.decoder_width, layers=config.decoder_layers, **sizes
-            )
-        score = ScoreNet(config.latent, embedding_dim=config.embedding_dim, layers=config.score_layers, **sizes)
-        self.score = LinearScore(self.basis, score) if config.architecture == "linear-start" else score
+        for name, part in ARCHITECTURES[config.architecture].build(config, dtype, rngs).items():
+            setattr(self, name, part)
         self.labels = blocks.LabelEmbedding(config.classes, config.embedding_dim, rngs=rngs)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one image's z."""
+        return (self.config.latent,)
 
     @property
     def timesteps(self) -> int:
@@ -147,9 +197,7 @@ class VDM(nnx.Module):
 
     def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n h w c"]:
         r"""The logits of each pixel's Bernoulli law, from :math:`z_0 / \alpha_0`."""
-        if self.config.architecture == "linear-start":
-            return self.decoder(z, self.gamma(jnp.zeros(())))
-        return self.decoder(z)
+        return self.decoder(z, self.gamma(jnp.zeros(())))
 
     def embed(
         self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
@@ -159,21 +207,11 @@ class VDM(nnx.Module):
 
     def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any:
         """What the score network needs to know besides z; m is n, or 1 where all examples share time and label."""
-        if self.config.architecture == "linear-start":
-            return self.score.condition(gamma, self.normalised(gamma), label)
-        return self.score.condition(self.normalised(gamma), label)
+        return self.score.condition(gamma, label)
 
     def eps_hat(self, z: Float[Array, "n d"], condition: Any) -> Float[Array, "n d"]:
         """The predicted noise in z, given :meth:`condition`."""
         return self.score(z, condition)
-
-    def normalised(self, gamma: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The network's time input: gamma mapped to about [0, 1] by *constants*.
-
-        Not by the learned ends, and not t itself: so the interior of a learned schedule can change without
-        changing what the network is told, and the bound stays the same.
-        """
-        return (gamma - self.config.gamma_min) / (self.config.gamma_max - self.config.gamma_min)
 
     def x_hat(
         self, z: Float[Array, "n d"], gamma: Float[Array, " m"], label: Float[Array, "m c"]
@@ -204,13 +242,13 @@ class VDM(nnx.Module):
         return bound.diffusion_loss(self, f, label, u, key)
 
 
-def split(model: VDM) -> tuple[nnx.GraphDef, Params]:
-    """A model as its static graph and a plain nested dict of arrays."""
-    graph, state = nnx.split(model, nnx.Param)
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A model as its static graph and a plain nested dict of arrays, trained and measured ones."""
+    graph, state = nnx.split(model, VARIABLES)
     return graph, nnx.to_pure_dict(state)
 
 
-def merge(graph: nnx.GraphDef, params: Params) -> VDM:
+def merge(graph: nnx.GraphDef, params: Params) -> Any:
     """The inverse of :func:`split`; works inside jit and grad.
 
     Give a compiled function the parameters as an argument and merge inside, as the library does. A model that is
@@ -223,25 +261,46 @@ def merge(graph: nnx.GraphDef, params: Params) -> VDM:
 @functools.cache
 def graph_of(config: VDMConfig) -> nnx.GraphDef:
     """The static graph of a config, without computing any weight."""
-    return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+    return nnx.split(nnx.eval_shape(lambda: VDM(config, rngs=nnx.Rngs(0))), VARIABLES)[0]
 
 
-def new_params(config: VDMConfig, seed: int) -> Params:
+def new_params(config: VDMConfig, seed: Int[Array, ""] | int) -> Params:
     """Initial parameters; pure, to be traced by a caller's jit or eval_shape."""
-    return split(VDM(config, rngs=nnx.Rngs(seed)))[1]
+    return split(VDM(config, rngs=nnx.Rngs(jax.random.key(seed))))[1]
 
 
 def init(config: VDMConfig, seed: int) -> Params:
-    """:func:`new_params`, compiled and computed."""
-    return jax.jit(lambda: new_params(config, seed))()
+    """:func:`new_params`, compiled (once per config) and computed."""
+    return _init_program(config)(seed)
 
 
-def partition(params: Params) -> tuple[Params, Params]:
-    """The parameters that are trained, and those that are measured from the training images (:data:`BASIS`)."""
-    return (
-        {name: part for name, part in params.items() if name != BASIS},
-        {name: part for name, part in params.items() if name == BASIS},
-    )
+@functools.cache
+def _init_program(config: VDMConfig) -> Any:
+    return jax.jit(functools.partial(new_params, config))
+
+
+def partition(graph: nnx.GraphDef, params: Params) -> tuple[Params, Params]:
+    """The parameters that are trained (``nnx.Param``), and those that are measured (:class:`~blocks.Measured`)."""
+    _, trained, measured = nnx.split(merge(graph, params), nnx.Param, blocks.Measured)
+    return nnx.to_pure_dict(trained), nnx.to_pure_dict(measured)
+
+
+def join(trained: Params, measured: Params) -> Params:
+    """The inverse of :func:`partition`."""
+    return nnx.to_pure_dict(nnx.merge_state(nnx.State(trained), nnx.State(measured)))
+
+
+def with_components(params: Params, components: Params) -> Params:
+    """The parameters with measured ``mean``, ``components`` and ``variances``, for a model that starts from them.
+
+    Raises:
+        InputError: arrays of other names or shapes than the model's.
+    """
+    old = {name: leaf.shape for name, leaf in params.get("basis", {}).items()}
+    new = {name: leaf.shape for name, leaf in components.items()}
+    if old != new:
+        raise InputError(f"components: {new}; expected {old}")
+    return params | {"basis": components}
 
 
 def count(params: Params) -> int:

@@ -52,7 +52,7 @@ from medvdm.runs.store import (
 from medvdm.training.batches import training_batches, training_indices
 from medvdm.training.checkpoints import Checkpoints
 from medvdm.training.devices import Layout, barrier, first_process, local
-from medvdm.training.step import Metrics, TrainState, augmentations, init_state, jit_step
+from medvdm.training.step import Metrics, TrainState, augmentations, init_state, jit_step, new_state
 
 MAX_LOOK = 256  #: validation images of the looks during training, at most
 
@@ -93,7 +93,7 @@ def fit(
     config = fill_in(config, data)
     layout = Layout(config.training.batch_size)
     indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
-    if config.model.architecture == "linear-start":
+    if vdm.ARCHITECTURES[config.model.architecture].measures_components:
         augmented = any(augmentations(config.training).values())
         check_components(
             config.model.latent,
@@ -138,9 +138,8 @@ def first_state(config: RunConfig, data: ImageData, layout: Layout) -> TrainStat
 
     A 'linear-start' model measures its components here, on (augmented copies of) the training images.
     """
-    init = jax.jit(lambda: init_state(config.model, config.training), out_shardings=layout.replicated)
-    state = init()
-    if config.model.architecture == "linear-start":
+    state = new_state(config.model, config.training, layout.replicated)
+    if vdm.ARCHITECTURES[config.model.architecture].measures_components:
         with jax.default_matmul_precision("highest"):  # a GPU's short products would leave them orthogonal to 3 digits
             basis = principal_components(
                 data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
@@ -149,9 +148,9 @@ def first_state(config: RunConfig, data: ImageData, layout: Layout) -> TrainStat
                 copies=config.training.basis_copies,
                 **augmentations(config.training),
             )
-        measured = {vdm.BASIS: jax.device_put(basis, layout.replicated)}
-        ema = None if state.ema is None else state.ema | _copy(measured)
-        state = state._replace(params=state.params | measured, ema=ema)
+        basis = jax.device_put(basis, layout.replicated)
+        ema = None if state.ema is None else vdm.with_components(state.ema, _copy(basis))
+        state = state._replace(params=vdm.with_components(state.params, basis), ema=ema)
     return state
 
 

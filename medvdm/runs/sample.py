@@ -27,7 +27,7 @@ class Samples:
         findings: (n, k) uint8, multi-hot: 1 where an image was drawn for a class; all 0 where no label was given.
         class_names: the names behind the indices.
         provenance: run, version, seed, ...
-        states: (k, n, h, w, c) intermediate states, noisiest first; see :class:`medvdm.models.generate.Samples`.
+        states: (k, n, h, w, c) intermediate states, noisiest first; see :class:`medvdm.models.generate.Generated`.
         times: (k,) their times.
     """
 

@@ -40,6 +40,9 @@ from medvdm.theory.schedules import with_slope
 class Diffusion(Protocol):
     """What the bound and the samplers ask of a model.
 
+    An encoding, and with it z, has any shape after its first axis: ``(n, d)`` for a vector, ``(n, h, w, c)`` for a
+    diffusion on pixels.
+
     The noise prediction comes in two parts. ``condition`` is all that depends on time and label only: a pytree whose
     leaves have a leading axis m, which is n, or 1 where all examples share them. ``eps_hat`` is the rest.
     """
@@ -47,13 +50,13 @@ class Diffusion(Protocol):
     timesteps: int  #: T of the discrete bound; 0 means continuous time
 
     def gamma(self, t: Float[Array, "..."]) -> Float[Array, "..."]: ...
-    def encode(self, x: Float[Array, "n *shape"]) -> Float[Array, "n d"]: ...
+    def encode(self, x: Float[Array, "n *shape"]) -> Float[Array, "n *latent"]: ...
     def embed(
         self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
     ) -> Float[Array, "n c"]: ...
     def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any: ...
-    def eps_hat(self, z: Float[Array, "n d"], condition: Any) -> Float[Array, "n d"]: ...
-    def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n *shape"]: ...
+    def eps_hat(self, z: Float[Array, "n *latent"], condition: Any) -> Float[Array, "n *latent"]: ...
+    def decode(self, z: Float[Array, "n *latent"]) -> Float[Array, "n *shape"]: ...
     def observation_loss(
         self, x: Float[Array, "n *shape"], decoded: Float[Array, "n *shape"]
     ) -> Float[Array, " n"]: ...
@@ -67,15 +70,17 @@ class Probe(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """The terms of the bound in nats, one value per image (or their mean), plus the gradient-difference term.
+    """The terms of the bound in nats, one value per image, plus the gradient-difference term and the times.
 
-    ``gradient_difference`` is no part of the bound: :attr:`total` leaves it out.
+    ``gradient_difference`` is no part of the bound: :attr:`total` leaves it out. ``times`` are the t at which the
+    diffusion loss of each image was estimated.
     """
 
     reconstruction: Float[Array, "*n"]
     prior: Float[Array, "*n"]
     diffusion: Float[Array, "*n"]
     gradient_difference: Float[Array, "*n"]
+    times: Float[Array, "*n"]
 
     @property
     def total(self) -> Float[Array, "*n"]:
@@ -104,17 +109,17 @@ def sample_times(key: PRNGKeyArray, n: int, *, stratified: bool = True) -> Float
     return jnp.mod(jax.random.uniform(key, ()) + jnp.arange(n, dtype=jnp.float32) / n, 1.0)
 
 
-def bound_times(key: PRNGKeyArray, n: int, *, stratified: bool = True) -> Float[Array, " n"]:
-    """The uniform numbers with which :func:`terms` draws its times, given the same key."""
-    return sample_times(jax.random.split(key, 3)[1], n, stratified=stratified)
-
-
 def step_index(u: Float[Array, " n"], timesteps: int) -> Int[Array, " n"]:
     """Map u in [0, 1) to a step i in 1..T, so that t = i/T is never 0 and s = (i - 1)/T never negative."""
     return jnp.minimum(jnp.floor(u * timesteps).astype(jnp.int32), timesteps - 1) + 1
 
 
-def decode_z0(model: Diffusion, f: Float[Array, "n d"], key: PRNGKeyArray | None) -> Float[Array, "n *shape"]:
+def per_image(values: Float[Array, "n *latent"]) -> Float[Array, " n"]:
+    """Sum over all axes but the first."""
+    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+
+
+def decode_z0(model: Diffusion, f: Float[Array, "n *latent"], key: PRNGKeyArray | None) -> Float[Array, "n *shape"]:
     r"""Decode a draw :math:`z_0 \sim q(z_0 | x)`, rescaled to :math:`z_0 / \alpha_0`; without a key, its mean f."""
     if key is None:
         return model.decode(f)
@@ -124,28 +129,30 @@ def decode_z0(model: Diffusion, f: Float[Array, "n d"], key: PRNGKeyArray | None
 
 
 def reconstruction_loss(
-    model: Diffusion, x: Float[Array, "n *shape"], f: Float[Array, "n d"], key: PRNGKeyArray
+    model: Diffusion, x: Float[Array, "n *shape"], f: Float[Array, "n *latent"], key: PRNGKeyArray
 ) -> Float[Array, " n"]:
     r""":math:`E_{q(z_0|x)}[-\log p(x|z_0)]` by one draw of z_0; nats per image."""
     return model.observation_loss(x, decode_z0(model, f, key))
 
 
-def prior_loss(model: Diffusion, f: Float[Array, "n d"]) -> Float[Array, " n"]:
+def prior_loss(model: Diffusion, f: Float[Array, "n *latent"]) -> Float[Array, " n"]:
     r""":math:`KL(q(z_1|x) \| N(0, I)) = \frac12 \sum (\sigma_1^2 + \alpha_1^2 f^2 - 1 - \log \sigma_1^2)`; nats."""
     gamma_1 = model.gamma(jnp.ones(()))
-    per_dim = gaussian.sigma2(gamma_1) + (gaussian.alpha(gamma_1) * f) ** 2 - 1.0 - jax.nn.log_sigmoid(gamma_1)
-    return 0.5 * jnp.sum(per_dim, axis=-1)
+    # sigma^2 - 1 = -sigmoid(-gamma) and -log sigma^2 = softplus(-gamma): two small numbers where gamma_1 is large,
+    # whose difference keeps its digits.
+    of_noise = jax.nn.softplus(-gamma_1) - jax.nn.sigmoid(-gamma_1)
+    return 0.5 * per_image((gaussian.alpha(gamma_1) * f) ** 2 + of_noise)
 
 
 def diffusion_loss(
     model: Diffusion,
-    f: Float[Array, "n d"],
+    f: Float[Array, "n *latent"],
     label: Float[Array, "n c"],
     u: Float[Array, " n"],
     key: PRNGKeyArray,
     probe: Probe | None = None,
 ) -> Float[Array, " n"]:
-    """L_T or, with ``model.timesteps == 0``, L_infinity by one time and one draw of z_t an image; nats.
+    """L_T or, with ``model.timesteps == 0``, L_infinity by one time and one draw of z_t per image; nats.
 
     Args:
         f: encodings.
@@ -164,9 +171,8 @@ def diffusion_loss(
         if probe is not None:
             gamma_t, weight = gamma_t + probe.gamma, weight + probe.slope
     eps = jax.random.normal(key, f.shape)
-    z_t = gaussian.diffuse(f, eps, gamma_t[:, None])
-    error = jnp.sum((eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2, axis=-1)
-    return 0.5 * weight * error
+    z_t = gaussian.diffuse(f, eps, gaussian.align(gamma_t, f))
+    return 0.5 * weight * per_image((eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2)
 
 
 def gradient_difference(x: Float[Array, "n h w c"], x_hat: Float[Array, "n h w c"]) -> Float[Array, " n"]:
@@ -178,8 +184,7 @@ def gradient_difference(x: Float[Array, "n h w c"], x_hat: Float[Array, "n h w c
     bound; its weight in training is a setting and 0 by default.
     """
     error = x - x_hat
-    axes = tuple(range(1, x.ndim))
-    return jnp.sum(jnp.diff(error, axis=1) ** 2, axis=axes) + jnp.sum(jnp.diff(error, axis=2) ** 2, axis=axes)
+    return per_image(jnp.diff(error, axis=1) ** 2) + per_image(jnp.diff(error, axis=2) ** 2)
 
 
 def terms(
@@ -205,9 +210,9 @@ def terms(
         with_gradient_difference: also compute that term from the same reconstruction (it is 0 otherwise).
         probe: see :func:`diffusion_loss`.
     """
-    key_z0, _, key_zt = jax.random.split(key, 3)
+    key_z0, key_times, key_zt = jax.random.split(key, 3)
     n = x.shape[0]
-    u = bound_times(key, n, stratified=stratified)
+    u = sample_times(key_times, n, stratified=stratified)
     f = model.encode(x)
     decoded = decode_z0(model, f, key_z0)
     difference = gradient_difference(x, jax.nn.sigmoid(decoded)) if with_gradient_difference else jnp.zeros(n)
@@ -216,4 +221,5 @@ def terms(
         prior=prior_loss(model, f),
         diffusion=diffusion_loss(model, f, model.embed(labels, keep, n=n), u, key_zt, probe),
         gradient_difference=difference,
+        times=step_index(u, model.timesteps) / model.timesteps if model.timesteps else u,
     )

@@ -60,6 +60,11 @@ def snr(gamma: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.exp(-gamma)
 
 
+def align(values: Float[Array, " m"], z: Float[Array, "n *latent"]) -> Float[Array, "m *ones"]:
+    """One value per example, (m,), with an axis of 1 for every further axis of z, so that the two broadcast."""
+    return values.reshape(values.shape + (1,) * (z.ndim - 1))
+
+
 def diffuse(
     x: Float[Array, "*shape"], eps: Float[Array, "*shape"], gamma_t: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
@@ -75,11 +80,10 @@ def marginal(x: Float[Array, "..."], gamma_t: Float[Array, "..."]) -> Normal:
 def transition(z_s: Float[Array, "..."], gamma_s: Float[Array, "..."], gamma_t: Float[Array, "..."]) -> Normal:
     r""":math:`q(z_t \mid z_s)` for :math:`s < t`, as mean and variance.
 
-    The variance is :math:`\sigma_{t|s}^2 = -\mathrm{expm1}(\mathrm{softplus}(\gamma_s) - \mathrm{softplus}(\gamma_t))`,
-    which is exact also where :math:`\sigma_t^2 - \alpha_{t|s}^2 \sigma_s^2` cancels.
+    The variance is :math:`\sigma_{t|s}^2 = -\sigma_t^2\, \mathrm{expm1}(\gamma_s - \gamma_t)`, which keeps its digits
+    also where the two gammas are close and :math:`\sigma_t^2 - \alpha_{t|s}^2 \sigma_s^2` would cancel.
     """
-    log_ratio2 = jax.nn.softplus(gamma_s) - jax.nn.softplus(gamma_t)  # log alpha_{t|s}^2, as log_sigmoid = -softplus
-    return Normal(jnp.exp(0.5 * log_ratio2) * z_s, -jnp.expm1(log_ratio2))
+    return Normal(z_s / _alpha_ratio(gamma_s, gamma_t), -sigma2(gamma_t) * jnp.expm1(gamma_s - gamma_t))
 
 
 def posterior(
@@ -94,11 +98,12 @@ def posterior(
 
     .. math:: \mu = (1 - c) \frac{\alpha_s}{\alpha_t} z_t + c\, \alpha_s x, \qquad \tilde\sigma^2 = \sigma_s^2 c.
 
-    The same as the formula of the module's head, since :math:`e^{\gamma_s - \gamma_t} =
-    \sigma_s^2 \alpha_t^2 / (\sigma_t^2 \alpha_s^2)`.
+    It is :math:`\mu = \alpha_{t|s} \sigma_s^2 / \sigma_t^2\, z_t + \alpha_s \sigma_{t|s}^2 / \sigma_t^2\, x`, since
+    :math:`1 - c = e^{\gamma_s - \gamma_t} = \sigma_s^2 \alpha_t^2 / (\sigma_t^2 \alpha_s^2)`.
     """
     c = -jnp.expm1(gamma_s - gamma_t)
-    mean = (1.0 - c) * _alpha_ratio(gamma_s, gamma_t) * z_t + c * alpha(gamma_s) * x
+    # 1 - c as an exponential: where the gammas are far apart c rounds to 1, and the product with the ratio counts.
+    mean = jnp.exp(gamma_s - gamma_t) * _alpha_ratio(gamma_s, gamma_t) * z_t + c * alpha(gamma_s) * x
     return Normal(mean, sigma2(gamma_s) * c)
 
 

@@ -20,10 +20,20 @@ from jaxtyping import Array, Float
 from medvdm.errors import InputError, nearest
 
 
+MAX_GAMMA = 48.0 * math.log(2.0)
+r"""The largest :math:`|\gamma|`, 33.3. There signal and noise differ by :math:`e^{\gamma / 2} = 2^{24}`, the precision of
+float32: beyond it the weaker of the two is lost in the rounding of the other, and z holds only one of them."""
+
+
 def check_range(gamma_min: float, gamma_max: float) -> None:
-    """Raise InputError unless both ends are finite and ``gamma_min < gamma_max``."""
+    """Raise InputError unless ``gamma_min < gamma_max``, both within +- :data:`MAX_GAMMA`."""
     if not (math.isfinite(gamma_min) and math.isfinite(gamma_max)):
         raise InputError(f"gamma_min, gamma_max: {gamma_min}, {gamma_max}; expected finite numbers")
+    if max(abs(gamma_min), abs(gamma_max)) > MAX_GAMMA:
+        raise InputError(
+            f"gamma_min, gamma_max: {gamma_min}, {gamma_max}; expected within +-{MAX_GAMMA:.1f}, "
+            "beyond which float32 loses the weaker of signal and noise"
+        )
     if not gamma_min < gamma_max:
         raise InputError(
             f"gamma_min: {gamma_min} is not below gamma_max: {gamma_max}; gamma = -log SNR rises with time"
@@ -32,6 +42,8 @@ def check_range(gamma_min: float, gamma_max: float) -> None:
 
 class _Fixed(nnx.Module):
     """A schedule without parameters, between two constants."""
+
+    learned = False  #: whether training changes it
 
     def __init__(self, gamma_min: float, gamma_max: float):
         check_range(gamma_min, gamma_max)
@@ -43,7 +55,7 @@ class FixedLinear(_Fixed):
     r""":math:`\gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) t` with constants for ends.
 
     Raises:
-        InputError: ends that are not finite or not in rising order.
+        InputError: ends that :func:`check_range` refuses.
     """
 
     def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -60,13 +72,8 @@ class FixedCosine(_Fixed):
     Source: Nichol & Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021).
 
     Raises:
-        InputError: ends that are not in rising order, or beyond +-80, where the sine of an angle is 0 in float32.
+        InputError: ends that :func:`check_range` refuses.
     """
-
-    def __init__(self, gamma_min: float, gamma_max: float):
-        super().__init__(gamma_min, gamma_max)
-        if max(-gamma_min, gamma_max) > 80.0:
-            raise InputError(f"gamma_min, gamma_max: {gamma_min}, {gamma_max}; expected within +-80 for a cosine")
 
     def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         def log_sine(sign: float) -> Float[Array, "..."]:
@@ -86,8 +93,10 @@ class LearnedLinear(nnx.Module):
     can reverse the order.
 
     Raises:
-        InputError: starting ends that are not finite or not in rising order.
+        InputError: starting ends that :func:`check_range` refuses.
     """
+
+    learned = True  #: whether training changes it
 
     def __init__(self, gamma_min: float, gamma_max: float):
         check_range(gamma_min, gamma_max)
@@ -115,8 +124,10 @@ class MonotonicNetwork(nnx.Module):
         rngs: source of the initial weights.
 
     Raises:
-        InputError: ends that are not finite or not in rising order.
+        InputError: ends that :func:`check_range` refuses.
     """
+
+    learned = True  #: whether training changes it
 
     def __init__(
         self, gamma_min: float, gamma_max: float, *, hidden: int = 1024, learn_ends: bool = False, rngs: nnx.Rngs
@@ -149,23 +160,24 @@ class MonotonicNetwork(nnx.Module):
 
 
 Schedule = FixedLinear | FixedCosine | LearnedLinear | MonotonicNetwork
-NAMES = ("fixed-linear", "fixed-cosine", "learned-linear", "monotonic")
+KINDS = {
+    "fixed-linear": FixedLinear,
+    "fixed-cosine": FixedCosine,
+    "learned-linear": LearnedLinear,
+    "monotonic": MonotonicNetwork,
+}
 
 
 def make(name: str, gamma_min: float, gamma_max: float, *, learn_ends: bool = False, rngs: nnx.Rngs) -> Schedule:
-    """Build a schedule by name (one of :data:`NAMES`); raises InputError for others.
+    """Build a schedule by name (one of :data:`KINDS`); raises InputError for others.
 
     ``learn_ends`` is for ``monotonic``: the linear schedules have it in their names.
     """
-    if name == "fixed-linear":
-        return FixedLinear(gamma_min, gamma_max)
-    if name == "fixed-cosine":
-        return FixedCosine(gamma_min, gamma_max)
-    if name == "learned-linear":
-        return LearnedLinear(gamma_min, gamma_max)
-    if name == "monotonic":
+    if name not in KINDS:
+        raise InputError(f"schedule: '{name}'; {nearest(name, KINDS)}")
+    if KINDS[name] is MonotonicNetwork:
         return MonotonicNetwork(gamma_min, gamma_max, learn_ends=learn_ends, rngs=rngs)
-    raise InputError(f"schedule: '{name}'; {nearest(name, NAMES)}")
+    return KINDS[name](gamma_min, gamma_max)
 
 
 def with_slope(

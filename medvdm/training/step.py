@@ -12,10 +12,11 @@ with W = 250 warm-up steps, K the number of steps of the run and a = 1e-5 (paper
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import flax.nnx as nnx
 import jax
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import vdm
-from medvdm.theory import bound
+from medvdm.theory import bound, schedules
 from medvdm.training import augmentation, schedule_variance
 
 OBJECTIVES = ("bound", "variance")
@@ -58,7 +59,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Clip the global norm of the gradient (of bits per dimension) to this; 0 is off."""
     ema_decay: float = 0.0
-    """Decay of the exponential moving average of the weights; 0 is off."""
+    """Decay of the exponential moving average of the weights, reached from below (see `ema_decay`); 0 is off."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null during training (conditional models only)."""
     gradient_difference_weight: float = 0.0
@@ -112,7 +113,10 @@ def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
 
 
 class TrainState(NamedTuple):
-    """Everything that changes during training. ``ema`` is None when the average is off."""
+    """Everything that changes during training. ``ema`` is None when the average is off.
+
+    ``params`` and ``ema`` hold the measured parts of a model too; ``opt_state`` is of the trained ones only.
+    """
 
     step: Int[Array, ""]
     params: vdm.Params
@@ -130,15 +134,39 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """The learning rate as a function of the step, see the module's head."""
-    cosine = optax.cosine_decay_schedule(1.0, config.steps, config.final_fraction)
-    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else lambda k: 1.0
-    return lambda k: config.learning_rate * warmup(k) * cosine(k)
+class Plan(NamedTuple):
+    """The numbers that a compiled step takes as an argument: runs that differ in these only share one program."""
+
+    seed: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    final_fraction: float
 
 
-def optimiser(config: TrainConfig, *, learned_schedule: bool = False) -> optax.GradientTransformation:
-    """AdamW with the learning rate after it, and clipping before it when asked for.
+def plan_of(config: TrainConfig) -> Plan:
+    """The plan of a config."""
+    return Plan(*(getattr(config, name) for name in Plan._fields))
+
+
+def learning_rate(config: TrainConfig | Plan) -> optax.Schedule:
+    r"""The learning rate as a function of the step k.
+
+    .. math:: \eta_{peak} \min(k / W, 1) \left[ a + (1 - a) \tfrac12 (1 + \cos(\pi k / K)) \right]
+    """
+
+    def rate(k: Int[Array, ""] | int) -> Float[Array, ""]:
+        warmup = jnp.where(config.warmup_steps > 0, jnp.minimum(k / jnp.maximum(config.warmup_steps, 1), 1.0), 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(k, config.steps) / config.steps))
+        return config.learning_rate * warmup * (config.final_fraction + (1.0 - config.final_fraction) * cosine)
+
+    return rate
+
+
+def optimiser(
+    config: TrainConfig, *, learned_schedule: bool = False, rate: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """AdamW with the learning rate after it (``rate``, or the config's own), and clipping before it when asked for.
 
     The parameters of a learned noise schedule are a group of their own. They have their own rate and no weight decay,
     for 0 is no better a place for them than another; nor do they count in the clipped norm, which has another unit.
@@ -152,7 +180,7 @@ def optimiser(config: TrainConfig, *, learned_schedule: bool = False) -> optax.G
 
     clip = optax.clip_by_global_norm(config.clip_norm)
     adamw = optax.adamw(
-        learning_rate(config),
+        rate or learning_rate(config),
         b1=config.b1,
         b2=config.b2,
         eps=config.adam_eps,
@@ -165,16 +193,17 @@ def optimiser(config: TrainConfig, *, learned_schedule: bool = False) -> optax.G
     return optax.chain(*parts, adamw, optax.masked(optax.scale(config.schedule_rate), schedule))
 
 
-def _optimiser(model: vdm.VDMConfig, config: TrainConfig) -> optax.GradientTransformation:
-    return optimiser(config, learned_schedule=not model.schedule.startswith("fixed"))
+def _optimiser(model: vdm.VDMConfig, config: TrainConfig, plan: Plan) -> optax.GradientTransformation:
+    learned = schedules.KINDS[model.schedule].learned
+    return optimiser(config, learned_schedule=learned, rate=learning_rate(plan))
 
 
-def init_state(model: vdm.VDMConfig, config: TrainConfig) -> TrainState:
-    """The state at step 0; a pure function of the two configs, so it can be jitted onto any devices."""
-    params = vdm.new_params(model, config.seed)
+def init_state(model: vdm.VDMConfig, config: TrainConfig, seed: Int[Array, ""] | int | None = None) -> TrainState:
+    """The state at step 0; a pure function of the two configs and a seed (the config's own if None)."""
+    params = vdm.new_params(model, config.seed if seed is None else seed)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    trained, _ = vdm.partition(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config).init(trained), ema)
+    trained, _ = vdm.partition(vdm.graph_of(model), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimiser(model, config, plan_of(config)).init(trained), ema)
 
 
 def augmentations(config: TrainConfig) -> dict[str, float]:
@@ -182,20 +211,24 @@ def augmentations(config: TrainConfig) -> dict[str, float]:
     return {"shift": config.augment_shift, "size": config.augment_size, "exposure": config.augment_exposure}
 
 
-def terms_of(
+def loss_fn(
     model: vdm.VDM,
     config: TrainConfig,
     images: Float[Array, "n h w c"],
     labels: Float[Array, "n k"] | None,
     key: jax.Array,
     probe: bound.Probe | None = None,
-) -> bound.Bound:
-    """The terms of the training loss, one value per image, in nats; :func:`times_of` gives their times."""
+) -> tuple[Float[Array, ""], tuple[Metrics, bound.Bound]]:
+    """The training loss: the mean over the batch in bits per dimension.
+
+    Returns:
+        The loss; what a step reports; and the terms behind it, one value per image, in nats.
+    """
     key_bound, key_dropout = jax.random.split(key)
     keep = None
     if model.config.classes:
         keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
-    return bound.terms(
+    terms = bound.terms(
         model,
         images,
         labels,
@@ -206,30 +239,13 @@ def terms_of(
         probe=probe,
     )
 
+    def bpd(term: Float[Array, " n"]) -> Float[Array, ""]:
+        return bound.bits_per_dim(jnp.mean(term), model.config.image_shape)
 
-def times_of(config: TrainConfig, n: int, key: jax.Array) -> Float[Array, " n"]:
-    """The times of :func:`terms_of` with the same key."""
-    return bound.bound_times(jax.random.split(key)[0], n, stratified=config.stratified_times)
-
-
-def mean_loss(
-    terms: bound.Bound, config: TrainConfig, image_shape: tuple[int, int, int]
-) -> tuple[Float[Array, ""], Metrics]:
-    """The mean of the terms over the batch: the training loss in bits per dimension, and what a step reports."""
-    mean = bound.Bound(*(bound.bits_per_dim(jnp.mean(term), image_shape) for term in terms))
-    loss = mean.total + config.gradient_difference_weight * mean.gradient_difference
-    return loss, Metrics(mean.reconstruction, mean.diffusion, mean.prior, mean.total, loss)
-
-
-def loss_fn(
-    model: vdm.VDM,
-    config: TrainConfig,
-    images: Float[Array, "n h w c"],
-    labels: Float[Array, "n k"] | None,
-    key: jax.Array,
-) -> tuple[Float[Array, ""], Metrics]:
-    """The training loss in bits per dimension, and its terms."""
-    return mean_loss(terms_of(model, config, images, labels, key), config, model.config.image_shape)
+    reconstruction, prior, diffusion = bpd(terms.reconstruction), bpd(terms.prior), bpd(terms.diffusion)
+    vlb = reconstruction + prior + diffusion
+    loss = vlb + config.gradient_difference_weight * bpd(terms.gradient_difference)
+    return loss, (Metrics(reconstruction, diffusion, prior, vlb, loss), terms)
 
 
 def gradient(
@@ -246,20 +262,15 @@ def gradient(
     the spread of the diffusion loss (:mod:`medvdm.training.schedule_variance`) instead.
     """
     n = images.shape[0]
-    trained, measured = vdm.partition(params)
+    trained, measured = vdm.partition(graph, params)
 
-    def of(
-        trained: vdm.Params, probe: bound.Probe | None
-    ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " n"]]]:
-        model = vdm.merge(graph, trained | measured)
-        terms = terms_of(model, config, images, labels, key, probe)
-        loss, metrics = mean_loss(terms, config, model.config.image_shape)
-        return loss, (metrics, terms.diffusion)
+    def loss(trained: vdm.Params, probe: bound.Probe | None) -> tuple[Float[Array, ""], tuple[Metrics, bound.Bound]]:
+        return loss_fn(vdm.merge(graph, vdm.join(trained, measured)), config, images, labels, key, probe)
 
     if config.schedule_objective == "bound":
-        grads, (metrics, _) = jax.grad(of, has_aux=True)(trained, None)
+        grads, (metrics, _) = jax.grad(loss, has_aux=True)(trained, None)
         return grads, metrics
-    (grads, of_mean), (metrics, losses) = jax.grad(of, argnums=(0, 1), has_aux=True)(
+    (grads, of_mean), (metrics, terms) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
         trained, bound.Probe(jnp.zeros(n), jnp.zeros(n))
     )
     # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to that image's nats.
@@ -267,8 +278,8 @@ def gradient(
     interior = schedule_variance.gradient(
         lambda schedule: vdm.merge(graph, {**params, "schedule": schedule}).gamma,
         params["schedule"],
-        times_of(config, n, key),
-        losses,
+        terms.times,
+        terms.diffusion,
         by,
         stratified=config.stratified_times,
     )
@@ -276,38 +287,96 @@ def gradient(
     return {**grads, "schedule": {**interior, **ends}}, metrics
 
 
-StepFn = Callable[[TrainState, Float[Array, "n h w c"], Float[Array, "n k"] | None], tuple[TrainState, Metrics]]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
+
+
+def ema_decay(config: TrainConfig, k: Int[Array, ""] | int) -> Float[Array, ""]:
+    r"""The decay of the average of the weights at step k, counted from 0: :math:`\min(d, (1 + k) / (10 + k))`.
+
+    With the setting d from the start, a short run's average would be its initial weights: after 120 steps of
+    d = 0.999 these count 89 %. So the average begins short, over about the last tenth of the steps, and grows with
+    them; what is left of the initial weights after K steps, :math:`\prod_k d_k`, falls as :math:`K^{-9}`.
+    """
+    return jnp.minimum(config.ema_decay, (1.0 + k) / (10.0 + k))
 
 
 def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
     """Build the training step: pure, to be jitted once with the state donated.
 
     The key of a step is a function of the seed and the step's number, so a resumed run draws the same noise as one
-    that was never interrupted.
+    that was never interrupted. The numbers of ``plan`` are the config's own unless others are given.
     """
     check(model, config)
     graph = vdm.graph_of(model)
-    optimise = _optimiser(model, config)
 
     def step(
-        state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
+        state: TrainState,
+        images: Float[Array, "n h w c"],
+        labels: Float[Array, "n k"] | None,
+        plan: Plan = plan_of(config),
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        # The loss keeps the step's key as it was before there was augmentation, so that old runs repeat. It splits it
-        # in two, and fold_in of 0 or 1 would be these two again.
+        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
+        # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again.
         images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
-        trained, measured = vdm.partition(state.params)
+        trained, measured = vdm.partition(graph, state.params)
         grads, metrics = gradient(graph, config, state.params, images, labels, key)
-        updates, opt_state = optimise.update(grads, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates) | measured
+        updates, opt_state = _optimiser(model, config, plan).update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay) | measured
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+            average, _ = vdm.partition(graph, ema)
+            average = optax.incremental_update(trained, average, 1.0 - ema_decay(config, state.step))
+            ema = vdm.join(average, measured)
+        return TrainState(state.step + 1, vdm.join(trained, measured), opt_state, ema), metrics
 
     return step
 
 
-def jit_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
-    """:func:`make_step`, compiled, the old state's memory reused for the new."""
+@dataclass(frozen=True)
+class CompiledStep:
+    """A training step that is compiled once per distinct program, and the numbers of one run for it."""
+
+    program: Any
+    """The jitted step, shared by all runs whose settings differ in their numbers only."""
+    plan: Plan
+
+    def __call__(
+        self, state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
+    ) -> tuple[TrainState, Metrics]:
+        """The next state, in the memory of the old one, and what the step reports."""
+        return self.program(state, images, labels, self.plan)
+
+    def lower(self, state: Any, images: Any, labels: Any) -> Any:
+        """As ``jax.jit``'s ``lower``, for a look at the program."""
+        return self.program.lower(state, images, labels, self.plan)
+
+
+def jit_step(model: vdm.VDMConfig, config: TrainConfig) -> CompiledStep:
+    """:func:`make_step`, compiled, the old state's memory reused for the new.
+
+    The program is kept: another call in the same process with the same settings, or with others of the plan, of the
+    batch or of the components that are measured before the first step, compiles nothing.
+    """
+    return CompiledStep(_program(model, _same_program(config)), plan_of(config))
+
+
+def new_state(model: vdm.VDMConfig, config: TrainConfig, sharding: jax.sharding.Sharding | None = None) -> TrainState:
+    """:func:`init_state`, compiled once per distinct program and computed, on the devices of ``sharding``."""
+    return _start_program(model, _same_program(config), sharding)(config.seed)
+
+
+def _same_program(config: TrainConfig) -> TrainConfig:
+    """The config with all that does not change the program of a step at its default."""
+    default = TrainConfig()
+    free = (*Plan._fields, "batch_size", "basis_copies")
+    return replace(config, **{name: getattr(default, name) for name in free})
+
+
+@functools.cache
+def _program(model: vdm.VDMConfig, config: TrainConfig) -> Any:
     return jax.jit(make_step(model, config), donate_argnums=0)
+
+
+@functools.cache
+def _start_program(model: vdm.VDMConfig, config: TrainConfig, sharding: jax.sharding.Sharding | None) -> Any:
+    return jax.jit(functools.partial(init_state, model, config), out_shardings=sharding)

@@ -12,7 +12,7 @@ from medvdm.errors import InputError, InputTypeError
 from medvdm.evaluation import baselines
 from medvdm.evaluation.components import check_components, exact_components, principal_components
 from medvdm.models import linear_start, vdm
-from medvdm.models.linear_start import CLIP
+from medvdm.models.linear_start import DELTA
 from medvdm.runs.fit import fill_in, first_state
 from medvdm.runs.presets import preset
 from medvdm.theory import bound, linear_gaussian
@@ -41,7 +41,7 @@ def model(start):
 
 
 def closed_form(state, settings, x):
-    basis = jax.tree.map(np.asarray, state.params[vdm.BASIS])
+    basis = jax.tree.map(np.asarray, state.params["basis"])
     noise = float(np.exp(settings.model.gamma_min / 2))
     return linear_gaussian.linear_gaussian_vdm(
         x.reshape(len(x), -1), basis["mean"], basis["components"], basis["variances"], noise
@@ -70,7 +70,7 @@ def test_before_training_the_rate_is_that_of_the_closed_form(start):
 
 def test_before_training_the_noise_prediction_is_the_exact_denoiser(start, model):
     _, _, state = start
-    variances = np.asarray(state.params[vdm.BASIS]["variances"], np.float64)
+    variances = np.asarray(state.params["basis"]["variances"], np.float64)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, LATENT)), jnp.float32)
     for gamma in (-1.67, 2.0, 9.0):
         condition = model.condition(jnp.full((1,), gamma), model.embed(None, n=1))
@@ -89,7 +89,7 @@ def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_den
     shapes = jax.eval_shape(lambda: vdm.new_params(settings, 0))
     params = jax.tree.map(lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype), shapes)
     variances = np.array([30.0, 2.0, 0.1])
-    params[vdm.BASIS]["variances"] = jnp.asarray(variances, jnp.float32)
+    params["basis"]["variances"] = jnp.asarray(variances, jnp.float32)
     gamma, z = np.array([-4.0, 0.0, 1.5, 6.0]), rng.standard_normal((4, 3))
     alpha2, sigma2 = 1 / (1 + np.exp(gamma))[:, None], 1 / (1 + np.exp(-gamma))[:, None]
     v = alpha2 * variances + sigma2
@@ -98,7 +98,7 @@ def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_den
     def predict(params, z, whitened, gamma):
         model = vdm.merge(vdm.graph_of(settings), params)
         label = model.embed(None, n=4)
-        inner = model.score.net(whitened, model.score.net.condition(model.normalised(gamma), label))
+        inner = model.score.net(whitened, model.score.net.condition(gamma, label))
         return model.eps_hat(z, model.condition(gamma, label)), inner
 
     arrays = (jnp.asarray(a, jnp.float32) for a in (z, z / np.sqrt(v), gamma))
@@ -111,19 +111,19 @@ def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_den
 
 def test_before_training_the_picture_is_the_posterior_mean_where_the_clip_does_not_reach(start, model):
     settings, images, state = start
-    basis = jax.tree.map(np.asarray, state.params[vdm.BASIS])
+    basis = jax.tree.map(np.asarray, state.params["basis"])
     f = model.encode(jnp.asarray(images.read(images.indices("test")[:4])))
     shrink = basis["variances"] / (basis["variances"] + np.exp(settings.model.gamma_min))
     mean = basis["mean"] + (np.asarray(f) * shrink) @ basis["components"]
     picture = np.asarray(jax.nn.sigmoid(model.decode(f))).reshape(4, -1)
     inside = (mean > 0.1) & (mean < 0.9)
     assert inside.mean() > 0.5
-    assert np.abs(picture - mean)[inside].max() < CLIP**2 / (4 * 0.1)  # the clip adds delta^2 / (4 p) at most
+    assert np.abs(picture - mean)[inside].max() < DELTA**2 / (4 * 0.1)  # the clip adds delta^2 / (4 p) at most
 
 
 def test_the_smooth_clip_is_positive_and_its_formula_far_below_zero_too():
     p = np.array([-3.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 4.0])
-    exact = 0.5 * (p + np.sqrt(p**2 + CLIP**2))  # float64 has the digits
+    exact = 0.5 * (p + np.sqrt(p**2 + DELTA**2))  # float64 has the digits
     np.testing.assert_allclose(linear_start._clip(jnp.asarray(p, jnp.float32)), exact, rtol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_training_changes_everything_but_the_measured_part(start):
     for _ in range(3):
         state, _ = step(state, x, None)
     for tree in (state.params, state.ema):
-        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), tree[vdm.BASIS], before[vdm.BASIS])
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), tree["basis"], before["basis"])
         assert all(jax.tree.leaves(same))
     assert not np.array_equal(state.params["decoder"]["leave"]["kernel"], before["decoder"]["leave"]["kernel"])
     assert len(jax.tree.leaves(state.opt_state)) < 3 * len(jax.tree.leaves(before))  # no moments of the measured part
@@ -213,7 +213,7 @@ def test_a_run_trains_resumes_and_samples(tmp_path):
     )
     run = medvdm.fit(settings, tmp_path / "run", progress=False)
     loaded = medvdm.load(tmp_path / "run")
-    np.testing.assert_array_equal(loaded.params[vdm.BASIS]["components"], run.params[vdm.BASIS]["components"])
+    np.testing.assert_array_equal(loaded.params["basis"]["components"], run.params["basis"]["components"])
     result = medvdm.evaluate(loaded, split="test", draws=2, save=False)
     assert result["over_lingauss_bpd"] == pytest.approx(result["vlb_bpd"] - result["lingauss_bpd"], abs=1e-6)
     assert result["over_lingauss_bpd_stderr"] > 0

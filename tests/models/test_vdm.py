@@ -47,13 +47,13 @@ def test_network_is_told_gamma_and_not_t(small):
     np.testing.assert_array_equal(
         model.eps_hat(Z, model.condition(GAMMA, label)), other.eps_hat(Z, other.condition(GAMMA, label))
     )
-    np.testing.assert_allclose(model.normalised(jnp.asarray([-5.0, -2.0, 1.0])), [0.0, 0.5, 1.0], atol=1e-6)
+    np.testing.assert_allclose(model.score.normalised(jnp.asarray([-5.0, -2.0, 1.0])), [0.0, 0.5, 1.0], atol=1e-6)
 
 
 def test_time_input_does_not_follow_learned_ends(small):
     learned = vdm.VDM(dataclasses.replace(small[0], schedule="learned-linear"), rngs=vdm.nnx.Rngs(0))
     learned.schedule.gamma_0[...] = jnp.float32(-9.0)
-    np.testing.assert_allclose(learned.normalised(jnp.asarray([-5.0, 1.0])), [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(learned.score.normalised(jnp.asarray([-5.0, 1.0])), [0.0, 1.0], atol=1e-6)
 
 
 def test_split_and_merge_are_inverse_and_graph_of_computes_the_same_graph(small):

@@ -135,7 +135,7 @@ def test_ancestral_step_is_a_draw_from_the_posterior():
 
 def test_segments_are_even_and_end_exactly_even_for_large_counts():
     for first, k in [(1, 1), (10, 3), (1_000_000, 7), (999_983, 1000), (5, 5)]:
-        ends = np.asarray(sampling._segment_ends(first, k))
+        ends = np.asarray(sampling.segment_ends(first, k))
         assert ends[0] == 0 and ends[-1] == first and len(ends) == k + 1
         np.testing.assert_array_equal(ends, np.arange(k + 1) * first // k)
 

@@ -27,8 +27,6 @@ from medvdm.training.step import (
     jit_step,
     loss_fn,
     make_step,
-    terms_of,
-    times_of,
 )
 
 LEARNED = TrainConfig(steps=60, batch_size=8, warmup_steps=0, schedule_objective="variance", weight_decay=0.0)
@@ -99,13 +97,11 @@ def test_in_the_whole_model_the_interior_follows_the_spread_and_all_else_the_bou
     train = dataclasses.replace(LEARNED, gradient_difference_weight=0.1)
     images, labels = batch(config)
     key = jax.random.key(3)
-    in_time = np.argsort(times_of(train, 8, key))
 
     def both(params):  # the second all the way through the score network again
         model = vdm.merge(graph, params)
-        losses = terms_of(model, train, images, labels, key).diffusion
-        loss, metrics = loss_fn(model, train, images, labels, key)
-        return jnp.stack([loss, spread_by_hand(losses, in_time)]), metrics
+        loss, (metrics, terms) = loss_fn(model, train, images, labels, key)
+        return jnp.stack([loss, spread_by_hand(terms.diffusion, jnp.argsort(terms.times))]), metrics
 
     @jax.jit
     def all_three(params):
@@ -140,13 +136,6 @@ def test_a_probe_is_a_change_of_gamma_and_of_its_slope():
             bound.diffusion_loss(moved, f, label, u, key),
             rtol=1e-5,
         )
-
-
-def test_bound_times_are_those_of_the_bound():
-    model, key, x = oracle.Isotropic(0.7, schedules.FixedLinear(-4.0, 2.0)), jax.random.key(5), jnp.ones((6, 3))
-    u = bound.bound_times(key, 6)
-    by_hand = bound.diffusion_loss(model, x, jnp.zeros((6, 1)), u, jax.random.split(key, 3)[2])
-    np.testing.assert_array_equal(bound.terms(model, x, key=key).diffusion, by_hand)
 
 
 # --- the two measures of spread
