@@ -19,10 +19,9 @@ from jaxtyping import Array, Float
 
 from medvdm.errors import InputError, nearest
 
-
 MAX_GAMMA = 48.0 * math.log(2.0)
-r"""The largest :math:`|\gamma|`, 33.3. There signal and noise differ by :math:`e^{\gamma / 2} = 2^{24}`, the precision of
-float32: beyond it the weaker of the two is lost in the rounding of the other, and z holds only one of them."""
+r"""The largest :math:`|\gamma|`, 33.3. There signal and noise differ by :math:`e^{\gamma / 2} = 2^{24}`, the precision
+of float32: beyond it the weaker of the two is lost in the rounding of the other, and z holds only one of them."""
 
 
 def check_range(gamma_min: float, gamma_max: float) -> None:

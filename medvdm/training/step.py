@@ -307,13 +307,13 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
     that was never interrupted. The numbers of ``plan`` are the config's own unless others are given.
     """
     check(model, config)
-    graph = vdm.graph_of(model)
+    graph, own = vdm.graph_of(model), plan_of(config)
 
     def step(
         state: TrainState,
         images: Float[Array, "n h w c"],
         labels: Float[Array, "n k"] | None,
-        plan: Plan = plan_of(config),
+        plan: Plan = own,
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again.
