@@ -14,6 +14,7 @@ from medvdm.errors import DataError, InputError
 from medvdm.evaluation import held_out as held_out_
 from medvdm.evaluation.audit import LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
 from medvdm.runs.config import AuditConfig, settings
+from medvdm.runs.model_card import renew_card
 from medvdm.runs.run import Run, changed, load_data
 from medvdm.runs.sample import check_seed, sample
 from medvdm.runs.store import AUDITS, write_json
@@ -40,7 +41,7 @@ def audit(
         run: from :func:`load`.
         data: the run's own data, where it has to be given again; loaded if None.
         config: the settings.
-        save: also write the result into the run's folder, under ``audits/``.
+        save: also write the result into the run's folder, under ``audits/``, and renew its model card.
         changes: settings of :class:`medvdm.runs.config.AuditConfig` by name: ``num``, ``split``, ``label``, ...
 
     Returns:
@@ -75,6 +76,7 @@ def audit(
         if config.label:
             name += f"-{'+'.join(str(i) for i in _indices(config, run))}-w{config.guidance:g}"
         write_json(run.path / AUDITS / f"{name}.json", result)
+        renew_card(run.path)
     return result
 
 

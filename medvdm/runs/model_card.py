@@ -1,18 +1,63 @@
-"""The model card of a run, made from the run's own record and from nothing else, so it cannot describe other data."""
+"""The model card of a run: results first, for a reader who has never seen the library; all settings last.
+
+It is made from the run's own files and from nothing else, so it cannot describe other data or another model.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from medvdm.errors import MedvdmError
 from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
-from medvdm.runs.store import CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
+from medvdm.runs.store import AUDITS, CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
 
-# --- The model card ----------------------------------------------------------------------------------------------
+
+def renew_card(path: Path) -> None:
+    """(Re)write the model card from the run's files.
+
+    A file among the results that cannot be read is left out, and the card says so.
+    """
+    record, _ = read_record(path)
+    steps = read_lines(path / METRICS)
+    last = steps[-1] if steps else None
+    results, left_out = _readable(path / RESULTS, "vlb_bpd")
+    audits, also_left_out = _readable(path / AUDITS, "samples")
+    write_card(
+        path / CARD,
+        {
+            **record,
+            "training": {
+                "steps_done": last["step"] if last else 0,
+                "seconds": last["seconds"] if last else 0.0,
+                "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
+            },
+            "evaluations": results,
+            "audits": audits,
+            "left_out": left_out + also_left_out,
+        },
+    )
+
+
+def _readable(folder: Path, key: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The JSON records of a folder that hold ``key``, and the names of the other files. Hidden files are nobody's."""
+    records, left_out = [], []
+    for file in sorted(folder.glob("*.json")):
+        if file.name.startswith("."):
+            continue
+        try:
+            found = read_json(file)
+        except MedvdmError:
+            found = None
+        if isinstance(found, dict) and key in found:
+            records.append(found)
+        else:
+            left_out.append(f"{folder.name}/{file.name}")
+    return records, left_out
 
 
 def write_card(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -36,22 +81,29 @@ def model_card(record: Mapping[str, Any]) -> str:
             * ``version``: of medvdm;
             * ``config``: the settings, as :func:`medvdm.runs.config.to_json` gives them;
             * ``data``: ``name``, ``origin``, ``split_rule``, ``counts`` (by split: ``images``, ``patients``),
-              ``class_names``, ``image_shape``, ``fingerprint``, ``notes``;
+              ``class_names``, ``image_shape``, ``fingerprint``, ``reading`` (``seen``, ``read``, ``skipped``,
+              ``stored_range``, ``guessed``), ``notes``;
             * ``environment``: versions and devices by name;
+            * ``notes``: what a reader should know of the training, one line each;
             * ``training``: ``steps_done``, ``seconds``, ``last`` (terms of the last step);
-            * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one
-              column of the table.
+            * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one column of a
+              table;
+            * ``audits``: results of :func:`medvdm.runs.audit.audit`, each a table;
+            * ``left_out``: names of result files that could not be read.
     """
     data = _part(record, "data")
     parts = [
-        _what(record, data),
+        _head(data),
+        _short(record, data),
+        _results(record, data),
+        *_audits(record),
         _USE,
+        _limits(record, data),
         _data(data),
         _training(record),
-        _results(record, data),
-        _limits(record, data),
         _MARKS,
         _cite(data),
+        _settings(record),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -66,36 +118,96 @@ def _inline(value: Any) -> str:
     return re.sub(r"[\\`*|<\[#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
-def _what(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    config, training = _part(record, "config"), _part(record, "training")
-    model = _part(config, "model")
-    name = _inline(data.get("name")) or "data that is not recorded"
-    facts = [f"A variational diffusion model of images, trained on **{name}**"]
-    if shape := data.get("image_shape") or model.get("image_shape"):
-        facts.append(f"for images of {_shape(shape)}")
-    text = " ".join(facts) + "."
-    text += (
-        " An encoder maps an image to a latent vector, Gaussian diffusion with a learned denoiser is the latent's"
-        " prior, and a decoder gives the mean of each pixel."
-    )
-    if "conditional" in config:
-        classes = ", ".join(map(_inline, data.get("class_names") or ())) or "not recorded"
-        conditional = f"conditional on the class ({classes})" if config["conditional"] else "unconditional"
-        text += f" The model is {conditional}."
-    lines = [f"- Made with: medvdm {_inline(record.get('version')) or '(version not recorded)'}"]
-    if preset := config.get("preset"):
-        lines.append(f"- Preset: {_inline(preset)}")
-    if training.get("steps_done") is not None:
-        planned = _part(config, "training").get("steps")
-        steps = f"{training['steps_done']:,}"
-        unfinished = planned is not None and training["steps_done"] < planned
-        lines.append(f"- Training steps: {steps}" + (f" of {planned:,}: **not finished**" if unfinished else ""))
-    return f"# Model card: medvdm on {name}\n\n> **Not for clinical use.** {_STATEMENT}\n\n{text}\n\n" + "\n".join(
-        lines
-    )
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 _STATEMENT = "The images that this model draws are synthetic; none is a medical image of any person."
+
+
+def _head(data: Mapping[str, Any]) -> str:
+    return f"# Model card: medvdm on {_name(data)}\n\n> **Not for clinical use.** {_STATEMENT}"
+
+
+def _name(data: Mapping[str, Any]) -> str:
+    return _inline(data.get("name")) or "data that is not recorded"
+
+
+def _short(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The first screen: what the model is, what it was made from and how good it is, in plain words."""
+    config, training = _part(record, "config"), _part(record, "training")
+    what = "draws synthetic images"
+    if shape := data.get("image_shape") or _part(config, "model").get("image_shape"):
+        what += f" of {_shape(shape)}"
+    if "conditional" in config:
+        classes = ", ".join(map(_inline, data.get("class_names") or ())) or "not recorded"
+        what += f", conditional on the class ({classes})" if config["conditional"] else ", unconditional"
+    lines = [f"**What it does**: {what}."]
+    counts = _part(data, "counts")
+    seen = f"**{_name(data)}**"
+    if own := counts.get("train"):
+        seen = f"{_count(own.get('images'))} images of {_count(own.get('patients'))} patients of {seen}"
+    lines.append(f"**Trained on**: {seen}.")
+    if training.get("steps_done") is not None:
+        planned = _part(config, "training").get("steps")
+        done = f"{training['steps_done']:,}"
+        unfinished = planned is not None and training["steps_done"] < planned
+        lines.append(f"Training steps: {done}" + (f" of {planned:,}: **not finished**" if unfinished else ""))
+    if best := _headline(record.get("evaluations") or ()):
+        lines += _in_words(best)
+    else:
+        lines.append("**How good it is on new images**: not measured.")
+    audits = record.get("audits") or ()
+    if audits:
+        lines += _samples_in_words(audits[-1])
+    else:
+        lines.append("**What its samples are like**: not measured (`medvdm audit` does).")
+    made = f"Made with medvdm {_inline(record.get('version')) or '(version not recorded)'}"
+    if preset := config.get("preset"):
+        made += f", preset: {_inline(preset)}"
+    return "## In short\n\n" + _bullets([*lines, made + "."])
+
+
+def _headline(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The evaluation to speak of first: of the model's own held-out images, by its newest weights."""
+    own = [e for e in evaluations if e.get("split") in ("test", "val") and e.get("own_data") is not False]
+    own = [e for e in own if isinstance(e.get("excess_bpd"), int | float)]
+    return max(own, key=lambda e: (e["split"] == "test", e.get("step") or 0, e.get("labels") != "null"), default=None)
+
+
+def _in_words(e: Mapping[str, Any]) -> list[str]:
+    """An evaluation in two sentences."""
+    on = f"{_count(e.get('num_images'))} {e['split']} images of {_count(e.get('num_patients'))} patients"
+    lines = [
+        f"**How good it is on new images**: measured on {on} that were not trained on, it is"
+        f" **{_number(e['excess_bpd'], _bpd)} bits per pixel** above the least that any model could reach"
+        " (smaller is better; 0 is perfect)."
+    ]
+    floor = e.get("floor_bpd")
+    others = [
+        f"{name} {_number(e[key] - floor, _bpd)}"
+        for name, key in (("a linear model without a network", "lingauss_bpd"), ("the mean image", "mean_image_bpd"))
+        if isinstance(floor, int | float) and isinstance(e.get(key), int | float)
+    ]
+    if others:
+        lines.append(f"**To compare with**, on the same images: {', '.join(others)}.")
+    return lines
+
+
+def _samples_in_words(a: Mapping[str, Any]) -> list[str]:
+    samples = _part(a, "samples")
+    auc, fine = samples.get("c2st_pca"), samples.get("power_high")
+    found = []
+    if isinstance(auc, int | float):
+        found.append(
+            f"a simple classifier tells them from real images with AUC {_number(auc, _two)}"
+            " (0.5: not at all; 1: always)"
+        )
+    if isinstance(fine, int | float):
+        found.append(
+            f"their fine detail has {_number(100 * fine, lambda v: f'{v:.0f}')} % of the power of real images'"
+        )
+    return [f"**What its samples are like**: {'; '.join(found)}."] if found else []
 
 
 _USE = """## Intended use
@@ -104,136 +216,6 @@ For teaching and for research on generative models: to study the variational bou
 
 **Not for clinical use.** The model must not be used for diagnosis, triage, treatment, or any decision about a person.
 Its samples are no evidence of a finding and must not be passed on as medical images."""
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    if not data:
-        return "## Data\n\nThe data are not recorded."
-    lines = [f"- Source: {_inline(data.get('name')) or 'not recorded'}"]
-    for title, key in {"What it is": "origin", "Split": "split_rule", "Fingerprint": "fingerprint"}.items():
-        if data.get(key):
-            lines.append(f"- {title}: {_inline(data[key])}")
-    if data.get("image_shape"):
-        lines.append(f"- Images: {_shape(data['image_shape'])}, values in [0, 1]")
-    if data.get("class_names"):
-        lines.append(f"- Classes: {', '.join(map(_inline, data['class_names']))}")
-    lines += [f"- Note: {_inline(note)}" for note in data.get("notes") or ()]
-    text = "## Data\n\n" + "\n".join(lines)
-    if counts := data.get("counts"):
-        rows = [
-            [_inline(split), *(_count((of or {}).get(k)) for k in ("images", "patients"))]
-            for split, of in counts.items()
-        ]
-        text += "\n\n" + _table(["split", "images", "patients"], rows)
-    return text
-
-
-def _training(record: Mapping[str, Any]) -> str:
-    text = "## Settings and training"
-    config, training = _part(record, "config"), _part(record, "training")
-    rows = [[_inline(key), _inline(value)] for key, value in _part(record, "environment").items()]
-    if training.get("seconds") is not None:
-        rows.append(["training time", _duration(training["seconds"])])
-    if rows:
-        text += "\n\n" + _table(["computed with", ""], rows, left=2)
-    if last := training.get("last"):
-        terms = ", ".join(f"{_inline(_TERM_NAMES.get(k, k))} {_number(v, _bpd)}" for k, v in last.items())
-        text += (
-            "\n\nTerms of the last training step, one batch, in bits per dimension (not a held-out result): "
-            + terms
-            + "."
-        )
-    if config:
-        text += "\n\nAll settings (folders by their last name only):\n\n```json\n" + _settings(config) + "\n```"
-    else:
-        text += "\n\nThe settings are not recorded."
-    return text
-
-
-def _settings(config: Mapping[str, Any]) -> str:
-    shown = json.loads(json.dumps(config))
-    folder = (shown.get("data") or {}).get("data_dir")
-    if folder:  # a card is made to be passed on; where the images lay on one computer is nobody's business
-        shown["data"]["data_dir"] = PureWindowsPath(folder).name
-    return json.dumps(shown, indent=2)
-
-
-_TERM_NAMES = {
-    "reconstruction_bpd": "reconstruction",
-    "diffusion_bpd": "diffusion",
-    "latent_bpd": "latent (prior)",
-    "vlb_bpd": "total",
-    "loss_bpd": "training loss",
-}
-
-
-def _bpd(value: float) -> str:
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
-
-
-_ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("images", "num_images", "", lambda v: f"{v:,}"),
-    ("patients", "num_patients", "", lambda v: f"{v:,}"),
-    ("negative bound (total)", "vlb_bpd", "bits/dim", _bpd),
-    ("its standard error", "vlb_bpd_stderr", "bits/dim", _bpd),
-    ("reconstruction", "reconstruction_bpd", "bits/dim", _bpd),
-    ("diffusion", "diffusion_bpd", "bits/dim", _bpd),
-    ("latent (prior)", "latent_bpd", "bits/dim", _bpd),
-    ("floor of these images", "floor_bpd", "bits/dim", _bpd),
-    ("**excess over the floor**", "excess_bpd", "bits/dim", _bpd),
-    ("**rate**", "rate_bits_per_image", "bits/image", lambda v: f"{v:,.1f}"),
-    ("PSNR of the reconstruction", "psnr_db", "dB", lambda v: f"{v:.2f}"),
-    ("SSIM of the reconstruction", "ssim", "", lambda v: f"{v:.3f}"),
-    ("baseline: mean image", "mean_image_bpd", "bits/dim", _bpd),
-    ("baseline: PCA-64, no rate charged", "pca64_bpd", "bits/dim", _bpd),
-    ("baseline: linear-Gaussian VDM, total", "lingauss_bpd", "bits/dim", _bpd),
-)
-
-
-def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    evaluations = list(record.get("evaluations") or ())
-    if not evaluations:
-        return (
-            "## Results\n\nThis model has not been evaluated on held-out images (no evaluation is recorded),"
-            " so the card reports no result."
-        )
-    head = ["", "unit", *(_column(e, data) for e in evaluations)]
-    rows = []
-    for title, key, unit, show in _ROWS:
-        if any(key in e for e in evaluations):
-            rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
-    return f"## Results\n\n{_table(head, rows, left=2)}\n\n{_MEANING}"
-
-
-def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    words = [f"{_inline(evaluation.get('split') or 'split not recorded')}"]
-    if (name := evaluation.get("data")) and (name != data.get("name") or evaluation.get("own_data") is False):
-        words.append(f"of other data: {_inline(name)}")
-    if weights := evaluation.get("weights"):
-        words.append({"ema": "averaged weights", "raw": "raw weights"}.get(weights, f"weights: {_inline(weights)}"))
-    labels = evaluation.get("labels")
-    if labels not in (None, "none"):
-        words.append({"true": "labels given", "null": "labels withheld"}.get(labels, f"labels: {_inline(labels)}"))
-    if (step := evaluation.get("step")) is not None:
-        words.append(f"step {step:,}" if isinstance(step, int) else f"step {_inline(step)}")
-    return ", ".join(words)
-
-
-_MEANING = """### What the numbers mean
-
-- *bits/dim* is bits per pixel and channel; smaller is better, except for PSNR and SSIM.
-- The *negative bound* is reconstruction + diffusion + latent. Its standard error is over images, with those of one
-  patient counted as one cluster.
-- The reconstruction is a Bernoulli cross-entropy with gray targets. It cannot be zero: its *floor* is the mean binary
-  entropy of the pixels themselves. Only the *excess over the floor* (negative bound - floor) depends on the model.
-  The floor differs from one set of images to another: compare the excess, on the same images, never the total.
-- The *rate* (diffusion + latent) is what the model pays for its latent, in bits for a whole image. Divided by the
-  number of pixels it looks tiny; it is not.
-- A Bernoulli 'likelihood' of gray values is not a normalised density. These numbers are **not comparable** with the
-  bits/dim of models of 8-bit images.
-- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number here measures whether
-  samples are anatomically right, or whether they repeat training images.
-- A dash means: not computed."""
 
 
 def _limits(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -267,8 +249,8 @@ def _limits(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     lines += [
         "A model repeats the biases of its training images: it represents those images and no other population,"
         " device or hospital.",
-        "Samples can show shapes that no body has, and can resemble training images; no test for memorised images"
-        " is part of this card.",
+        "Samples can show shapes that no body has, and can resemble training images; no test here proves that"
+        " none was memorised.",
         "The pixels are independent given the latent, so images are smooth and small structures are lost.",
         "No reader study and no clinical validation has been done.",
     ]
@@ -277,6 +259,226 @@ def _limits(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     elif not any(e.get("split") in ("val", "test") for e in record["evaluations"]):
         lines.insert(0, "No evaluation is on held-out images only: the results above say little about new images.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if not data:
+        return "## Data\n\nThe data are not recorded."
+    lines = [f"Source: {_inline(data.get('name')) or 'not recorded'}"]
+    for title, key in {"What it is": "origin", "Split": "split_rule", "Fingerprint": "fingerprint"}.items():
+        if data.get(key):
+            lines.append(f"{title}: {_inline(data[key])}")
+    if data.get("image_shape"):
+        lines.append(f"Images: {_shape(data['image_shape'])}, values in [0, 1]")
+    if data.get("class_names"):
+        lines.append(f"Classes: {', '.join(map(_inline, data['class_names']))}")
+    lines += _reading(_part(data, "reading"))
+    lines += [f"Note: {_inline(note)}" for note in data.get("notes") or ()]
+    text = "## Data\n\n" + _bullets(lines)
+    if counts := data.get("counts"):
+        rows = [
+            [_inline(split), *(_count((of or {}).get(k)) for k in ("images", "patients"))]
+            for split, of in counts.items()
+        ]
+        text += "\n\n" + _table(["split", "images", "patients"], rows)
+    return text
+
+
+def _reading(reading: Mapping[str, Any]) -> list[str]:
+    """What was looked at, read, skipped and guessed."""
+    lines = []
+    if reading.get("seen") is not None and reading.get("read") is not None:
+        skipped = {reason: n for reason, n in _part(reading, "skipped").items() if n}
+        why = "; ".join(f"{_inline(reason)}: {_count(n)}" for reason, n in skipped.items())
+        lines.append(
+            f"Looked at {_count(reading['seen'])}, read {_count(reading['read'])}, "
+            + (f"skipped {_count(sum(skipped.values()))} ({why})" if skipped else "skipped none")
+        )
+    if reading.get("stored_range"):
+        low, high = reading["stored_range"]
+        lines.append(f"Stored values from {_number(low, _two)} to {_number(high, _two)} of what the files can hold")
+    return lines + [f"Guessed: {_inline(guess)}" for guess in reading.get("guessed") or ()]
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    text = "## Training"
+    training = _part(record, "training")
+    if notes := record.get("notes"):
+        text += "\n\n" + _bullets(f"Note: {_inline(note)}" for note in notes)
+    rows = [[_inline(key), _inline(value)] for key, value in _part(record, "environment").items()]
+    if training.get("seconds") is not None:
+        rows.append(["training time", _duration(training["seconds"])])
+    if rows:
+        text += "\n\n" + _table(["computed with", ""], rows, left=2)
+    if last := training.get("last"):
+        terms = ", ".join(f"{_inline(_TERM_NAMES.get(k, k))} {_number(v, _bpd)}" for k, v in last.items())
+        text += (
+            "\n\nTerms of the last training step, one batch, in bits per dimension (not a held-out result): "
+            + terms
+            + "."
+        )
+    return text if text != "## Training" else f"{text}\n\nNothing about the training is recorded."
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    config = _part(record, "config")
+    if not config:
+        return "## All settings\n\nThe settings are not recorded."
+    shown = json.loads(json.dumps(config))
+    folder = (shown.get("data") or {}).get("data_dir")
+    if folder:  # a card is made to be passed on; where the images lay on one computer is nobody's business
+        shown["data"]["data_dir"] = PureWindowsPath(folder).name
+    return f"## All settings\n\nFolders by their last name only.\n\n```json\n{json.dumps(shown, indent=2)}\n```"
+
+
+_TERM_NAMES = {
+    "reconstruction_bpd": "reconstruction",
+    "diffusion_bpd": "diffusion",
+    "latent_bpd": "latent (prior)",
+    "vlb_bpd": "total",
+    "loss_bpd": "training loss",
+}
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _bpd(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+_ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("images", "num_images", "", lambda v: f"{v:,}"),
+    ("patients", "num_patients", "", lambda v: f"{v:,}"),
+    ("draws of noise per image", "draws", "", lambda v: f"{v:,}"),
+    ("**excess over the floor**", "excess_bpd", "bits/dim", _bpd),
+    ("negative bound (total)", "vlb_bpd", "bits/dim", _bpd),
+    ("its standard error", "vlb_bpd_stderr", "bits/dim", _bpd),
+    ("reconstruction", "reconstruction_bpd", "bits/dim", _bpd),
+    ("diffusion", "diffusion_bpd", "bits/dim", _bpd),
+    ("latent (prior)", "latent_bpd", "bits/dim", _bpd),
+    ("floor of these images", "floor_bpd", "bits/dim", _bpd),
+    ("**rate**", "rate_bits_per_image", "bits/image", lambda v: f"{v:,.1f}"),
+    ("PSNR of the reconstruction", "psnr_db", "dB", lambda v: f"{v:.2f}"),
+    ("SSIM of the reconstruction", "ssim", "", lambda v: f"{v:.3f}"),
+    ("baseline: mean image", "mean_image_bpd", "bits/dim", _bpd),
+    ("baseline: PCA-64, no rate charged", "pca64_bpd", "bits/dim", _bpd),
+    ("baseline: linear-Gaussian VDM, total", "lingauss_bpd", "bits/dim", _bpd),
+)
+
+
+def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    evaluations = list(record.get("evaluations") or ())
+    left_out = ""
+    if names := record.get("left_out"):
+        left_out = f"\n\nLeft out, as they could not be read: {', '.join(map(_inline, names))}."
+    if not evaluations:
+        return (
+            "## Results\n\nThis model has not been evaluated on held-out images (no evaluation is recorded),"
+            " so the card reports no result." + left_out
+        )
+    head = ["", "unit", *(_column(e, data) for e in evaluations)]
+    rows = []
+    for title, key, unit, show in _ROWS:
+        if any(key in e for e in evaluations):
+            rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
+    return f"## Results\n\n{_table(head, rows, left=2)}{left_out}\n\n{_MEANING}"
+
+
+def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    words = [f"{_inline(evaluation.get('split') or 'split not recorded')}"]
+    if (name := evaluation.get("data")) and (name != data.get("name") or evaluation.get("own_data") is False):
+        words.append(f"of other data: {_inline(name)}")
+    if weights := evaluation.get("weights"):
+        words.append({"ema": "averaged weights", "raw": "raw weights"}.get(weights, f"weights: {_inline(weights)}"))
+    labels = evaluation.get("labels")
+    if labels not in (None, "none"):
+        words.append({"true": "labels given", "null": "labels withheld"}.get(labels, f"labels: {_inline(labels)}"))
+    if (step := evaluation.get("step")) is not None:
+        words.append(f"step {step:,}" if isinstance(step, int) else f"step {_inline(step)}")
+    return ", ".join(words)
+
+
+_MEANING = """### What the numbers mean
+
+- *bits/dim* is bits per pixel and channel; smaller is better, except for PSNR and SSIM.
+- The *negative bound* is reconstruction + diffusion + latent. Its standard error is over images, with those of one
+  patient counted as one cluster.
+- The reconstruction is a Bernoulli cross-entropy with gray targets. It cannot be zero: its *floor* is the mean binary
+  entropy of the pixels themselves. Only the *excess over the floor* (negative bound - floor) depends on the model.
+  The floor differs from one set of images to another: compare the excess, on the same images, never the total.
+- The *rate* (diffusion + latent) is what the model pays for its latent, in bits for a whole image. Divided by the
+  number of pixels it looks tiny; it is not.
+- A Bernoulli 'likelihood' of gray values is not a normalised density. These numbers are **not comparable** with the
+  bits/dim of models of 8-bit images.
+- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number here measures whether
+  samples are anatomically right, or whether they repeat training images.
+- A dash means: not computed."""
+
+
+#: Rows of an audit: title, key, what is good.
+_AUDIT_ROWS = (
+    ("likeness of pairs (MS-SSIM)", "ms_ssim", "as real; higher: too alike"),
+    ("coarse detail (power)", "power_low", "1"),
+    ("middle detail", "power_middle", "1"),
+    ("fine detail", "power_high", "1; lower: blurred"),
+    ("distance of gray values", "gray_distance", "as real, or lower"),
+    ("classifier (AUC), coarse shape", "c2st_coarse", "0.5; 1: always told apart"),
+    ("classifier (AUC), 64 components", "c2st_pca", "0.5"),
+    ("classifier (AUC), detail", "c2st_spectrum", "0.5"),
+    ("nearest training image, pixels", "nearest_pixel", "as real; far lower: copies"),
+    ("the smallest of the set", "nearest_pixel_least", "as real; near 0: a copy"),
+    ("nearest training image, components", "nearest_pca", "as real; far lower: copies"),
+)
+_AUDIT_SETS = {
+    "samples": "samples",
+    "decoded": "decoded",
+    "linear_gaussian": "samples of a linear model",
+    "real": "real",
+}
+
+
+def _audits(record: Mapping[str, Any]) -> list[str]:
+    """A section with a table for each audit; none without audits."""
+    audits = list(record.get("audits") or ())
+    if not audits:
+        return []
+    text = "## Audit of its samples"
+    for a in audits:
+        sets = {name: title for name, title in _AUDIT_SETS.items() if isinstance(a.get(name), Mapping)}
+        rows = [
+            [title, *(_with_error(a[name], key) for name in sets), good]
+            for title, key, good in _AUDIT_ROWS
+            if any(key in a[name] for name in sets)
+        ]
+        text += f"\n\n{_audit_head(a)}\n\n{_table(['', *sets.values(), 'good'], rows)}"
+    return [f"{text}\n\n{_AUDIT_MEANING}"]
+
+
+def _audit_head(a: Mapping[str, Any]) -> str:
+    label = a.get("label")
+    of = f", drawn for {' and '.join(map(_inline, label))}" if label else ""
+    number = a.get("num_images") or _part(a, "samples").get("num_images")
+    weights = {"ema": "averaged weights", "raw": "raw weights"}.get(a.get("weights"), "weights not recorded")
+    return (
+        f"{_count(number)} images of each set against as many real ones of the split"
+        f" '{_inline(a.get('split'))}': {weights}, step {_count(a.get('step'))},"
+        f" {_count(a.get('steps_sampled'))} steps of sampling, seed {_inline(a.get('seed'))}{of}."
+    )
+
+
+def _with_error(found: Mapping[str, Any], key: str) -> str:
+    digits = 4 if key.startswith(("gray", "nearest")) else 2
+    text = _number(found.get(key), lambda v: f"{v:.{digits}f}")
+    error = found.get(f"{key}_stderr")
+    return text if error is None else f"{text} ± {_number(error, _two)}"
+
+
+_AUDIT_MEANING = """Compare *samples* with *real*, images of the other held-out split: what chance does.
+*decoded* are held-out images through encoder and decoder, the best that samples can be. ± is a standard error.
+Nothing here says whether a sample is anatomically right, and a large distance to the nearest training image is no
+proof that nothing was memorised."""
 
 
 _MARKS = f"""## Marks on its samples
@@ -332,23 +534,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def renew_card(path: Path) -> None:
-    """(Re)write the model card from the run's files."""
-    record, _ = read_record(path)
-    steps = read_lines(path / METRICS)
-    last = steps[-1] if steps else None
-    results = [read_json(p) for p in sorted((path / RESULTS).glob("*.json"))]
-    write_card(
-        path / CARD,
-        {
-            **record,
-            "training": {
-                "steps_done": last["step"] if last else 0,
-                "seconds": last["seconds"] if last else 0.0,
-                "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
-            },
-            "evaluations": results,
-        },
-    )

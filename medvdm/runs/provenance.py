@@ -90,7 +90,7 @@ def write_samples(
         "images": images,
         "findings": findings,
         "labels": index_of_one(findings),
-        "class_names": np.array([str(name) for name in class_names], dtype=np.str_),
+        "class_names": np.array([text_of(name) for name in class_names], dtype=np.str_),
         "synthetic": np.array(True),
         "statement": np.array(SYNTHETIC),
         "provenance": np.array(_json(provenance)),
@@ -180,8 +180,11 @@ def _json(provenance: Mapping[str, Any]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value of a record as text; '' for None."""
-    return "" if value is None else str(value)
+    """A value of a record as text that UTF-8 can hold; '' for None.
+
+    A file name that is not UTF-8 has characters that cannot be encoded: they are shown as their codes.
+    """
+    return "" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _integer(name: str, value: Any) -> np.ndarray:

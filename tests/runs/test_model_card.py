@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import said
 
 from medvdm.errors import MissingFileError
 from medvdm.runs import config, model_card
@@ -37,6 +39,18 @@ EVALUATION = {
     "mean_image_bpd": 0.7312,
     "lingauss_bpd": None,
 }
+SET = {
+    **{"num_images": 70, "ms_ssim": 0.551, "ms_ssim_stderr": 0.021, "gray_distance": 0.01291},
+    **{"power_low": 1.0, "power_middle": 0.18, "power_high": 0.264},
+    **{"c2st_coarse": 0.58, "c2st_pca": 0.987, "c2st_spectrum": 1.0},
+    **{"c2st_coarse_stderr": 0.03, "c2st_pca_stderr": 0.004, "c2st_spectrum_stderr": 0.0},
+    **{"nearest_pixel": 0.1179, "nearest_pixel_least": 0.0743, "nearest_pca": 0.1098},
+}
+AUDIT = {
+    **{"run": "first", "step": 2000, "weights": "ema", "split": "test", "seed": 3, "steps_sampled": 250},
+    **{"label": [], "guidance": 0.0, "num_images": 70, "samples": SET, "decoded": SET},
+    "real": {**SET, "c2st_pca": 0.46, "ms_ssim": 0.44},
+}
 DATA = {
     "phantom": {
         "name": "phantom",
@@ -51,6 +65,13 @@ DATA = {
         "image_shape": [64, 64, 1],
         "fingerprint": "0123456789abcdef",
         "notes": ["drawn, not measured"],
+        "reading": {
+            "seen": 5805,
+            "read": 5805,
+            "skipped": {},
+            "stored_range": [0.0, 1.0],
+            "guessed": [],
+        },
     },
     "nih": {
         "name": "nih",
@@ -61,6 +82,13 @@ DATA = {
         "image_shape": [256, 256, 1],
         "fingerprint": "f",
         "notes": ["111,320 of the 112,120 images in the label file are not there"],
+        "reading": {
+            "seen": 1000,
+            "read": 538,
+            "skipped": {"no row in the label file": 450, "not an image": 12, "unreadable": 0},
+            "stored_range": [0.0, 0.0625],
+            "guessed": ["the patient, from the file's name"],
+        },
     },
     "pathmnist": {
         "name": "pathmnist",
@@ -95,6 +123,8 @@ def record_of(data: str = "phantom") -> dict[str, Any]:
             "environment": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8", "devices": "2 x cpu"},
             "training": {"steps_done": 2000, "seconds": 250.0, "last": {"vlb_bpd": 0.62, "latent_bpd": 6e-5}},
             "evaluations": [{**EVALUATION, "data": data}],
+            "audits": [AUDIT],
+            "notes": ["the warm-up of 250 steps is longer than the run"],
         }
     )
 
@@ -113,13 +143,16 @@ def test_card_has_all_sections_once_and_in_order() -> None:
     card = model_card.model_card(record_of())
     assert card.startswith("# Model card: medvdm on phantom\n")
     assert re.findall(r"^## (.*)$", card, re.M) == [
-        "Intended use",
-        "Data",
-        "Settings and training",
+        "In short",
         "Results",
+        "Audit of its samples",
+        "Intended use",
         "Limits",
+        "Data",
+        "Training",
         "Marks on its samples",
         "How to cite",
+        "All settings",
     ]
     assert "Not for clinical use" in card.split("##")[0] and "Not for clinical use" in section(card, "Intended use")
     assert SYNTHETIC in section(card, "Marks on its samples")
@@ -236,7 +269,103 @@ def test_card_shows_all_settings_but_not_where_the_folder_lies() -> None:
     assert shown == record["config"]
     assert record == record_of("folder")  # the record itself is not changed
     for text in ("3.11.7", "0.12.8", "2 x cpu", "4 min", "latent (prior) 6.00e-05", "total 0.6200"):
-        assert text in section(card, "Settings and training")
+        assert text in section(card, "Training")
+
+
+def first_screen(card: str) -> str:
+    return " ".join(section(card, "In short").replace("**", "").split())
+
+
+def test_the_first_screen_is_in_plain_words() -> None:
+    """What it is, from whom, how good, what its samples are like: each number from the record, by hand here."""
+    card = model_card.model_card(record_of())
+    assert card.index("## In short") < 300
+    text = first_screen(card)
+    for words in (
+        "draws synthetic images of 64 x 64 pixels (gray), conditional on the class (No Finding, Pneumonia).",
+        "Trained on: 4,321 images of 2,161 patients of phantom.",
+        "measured on 1,234 test images of 617 patients that were not trained on, it is 0.0273 bits per pixel above",
+        "smaller is better",
+        "the mean image 0.1419.",  # 0.7312 - 0.58931
+        "a simple classifier tells them from real images with AUC 0.99 (0.5: not at all; 1: always)",
+        "their fine detail has 26 % of the power of real images'",
+    ):
+        assert words in text, words
+    for jargon in ("bits/dim", "json", "bpd", "ELBO", "latent"):
+        assert jargon not in text
+
+
+def test_the_first_screen_speaks_of_new_images_of_the_own_data_only() -> None:
+    record = record_of()
+    other = {**EVALUATION, "own_data": False, "data": "nih", "excess_bpd": 0.5}
+    trained = {**EVALUATION, "split": "train", "excess_bpd": 0.001}
+    record["evaluations"] = [other, trained]
+    text = first_screen(model_card.model_card(record))
+    assert "How good it is on new images: not measured." in text and "bits per pixel" not in text
+    record["evaluations"] += [{**EVALUATION, "split": "val"}, {**EVALUATION, "step": 1000, "excess_bpd": 0.04}]
+    assert "1,234 test images" in first_screen(model_card.model_card(record))
+    record["evaluations"] += [{**EVALUATION, "excess_bpd": 0.03}, {**EVALUATION, "labels": "null", "excess_bpd": 0.02}]
+    assert "it is 0.0300 bits" in first_screen(model_card.model_card(record)), "newest step, labels given"
+
+
+def test_card_shows_each_audit_with_how_to_read_it() -> None:
+    record = record_of()
+    card = model_card.model_card(record)
+    text = section(card, "Audit of its samples")
+    assert "70 images of each set" in text and "averaged weights, step 2,000" in text and "seed 3." in text
+    assert "| samples | decoded | real | good |" in text  # no column where no linear model was fitted
+    assert row(card, "likeness of pairs (MS-SSIM)")[1:4] == ["0.55 ± 0.02", "0.55 ± 0.02", "0.44 ± 0.02"]
+    assert row(card, "classifier (AUC), 64 components") == [
+        *("classifier (AUC), 64 components", "0.99 ± 0.00", "0.99 ± 0.00", "0.46 ± 0.00", "0.5")
+    ]
+    assert row(card, "fine detail")[-1] == "1; lower: blurred"
+    assert row(card, "distance of gray values")[1] == "0.0129"
+    record["audits"] = [AUDIT, {**AUDIT, "label": ["Pneumonia", "a|b"], "samples": {**SET, "c2st_pca": 0.7}}]
+    card = model_card.model_card(record)
+    assert card.count("| samples | decoded | real | good |") == 2 and "drawn for Pneumonia and a\\|b." in card
+    assert "AUC 0.70" in first_screen(card), "the last audit"
+    record["audits"] = []
+    card = model_card.model_card(record)
+    assert "## Audit" not in card and "What its samples are like: not measured" in first_screen(card)
+
+
+def test_card_says_what_was_read_skipped_and_guessed() -> None:
+    text = section(model_card.model_card(record_of("nih")), "Data")
+    assert "Looked at 1,000, read 538, skipped 462 (no row in the label file: 450; not an image: 12)" in text
+    assert "Stored values from 0.00 to 0.06 of what the files can hold" in text
+    assert "Guessed: the patient, from the file's name" in text and "unreadable" not in text
+    assert "read 5,805, skipped none" in section(model_card.model_card(record_of()), "Data")
+
+
+def test_card_has_the_notes_of_the_training() -> None:
+    text = section(model_card.model_card(record_of()), "Training")
+    assert "- Note: the warm-up of 250 steps is longer than the run" in text
+
+
+def test_a_broken_result_file_does_not_cost_the_card(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said(capfd, "evaluate", run, "--split", "val", "--draws", "2", "--json")
+    (name,) = (p.name for p in (run / "results").glob("*.json"))
+    (run / "results" / "._x.json").write_bytes(b"\x00\x05\x16\x07 of another system")
+    (run / "results" / "cut.json").write_text('{"vlb_bpd": 0.')
+    (run / "results" / "list.json").write_text("[1, 2]")
+    (run / "results" / "folder.json").mkdir()
+    (run / "audits").mkdir()
+    (run / "audits" / "bytes.json").write_bytes(b"\xff\xfe")
+    (run / "audits" / "none.json").write_text("{}")
+    model_card.renew_card(run)
+    card = (run / "MODEL_CARD.md").read_text(encoding="utf-8")
+    left_out = "results/cut.json, results/folder.json, results/list.json, audits/bytes.json, audits/none.json"
+    assert f"Left out, as they could not be read: {left_out}." in card
+    assert "| val, raw weights, labels given, step 12 |" in card and "._x" not in card
+    assert (run / "results" / name).exists()
+
+
+def test_a_name_that_is_no_utf_8_is_shown_as_its_code(tmp_path: Path) -> None:
+    record = record_of("folder")
+    record["data"]["origin"] = "folder 'kn\udcffes'"
+    record["config"]["data"]["data_dir"] = "there/kn\udcffes"
+    model_card.write_card(tmp_path / "card.md", record)
+    assert "folder 'kn\\\\udcffes'" in (tmp_path / "card.md").read_text(encoding="utf-8")
 
 
 def test_card_says_whether_training_is_finished() -> None:

@@ -1,0 +1,83 @@
+"""What people read: every number of a result in its place, what is good said, nothing wider than a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from medvdm.cli.tables import AUDIT_ROWS, audit_table, evaluation_table
+
+EVALUATION: dict[str, Any] = {
+    **{"run": "first", "step": 300, "weights": "raw", "labels": "true", "data": "phantom", "split": "test"},
+    **{"num_images": 123, "num_patients": 61, "draws": 8, "reconstruction_bpd": 0.86123, "diffusion_bpd": 0.004211},
+    **{"latent_bpd": 0.000057, "vlb_bpd": 0.8655, "vlb_bpd_stderr": 0.0021, "floor_bpd": 0.8523, "excess_bpd": 0.0132},
+    **{"rate_bits_per_image": 44.04, "psnr_db": 21.987, "ssim": 0.7654, "lingauss_bpd": 0.8711, "pca64_bpd": 0.8601},
+    **{"mean_image_bpd": 0.9012, "over_lingauss_bpd": -0.0056, "over_lingauss_bpd_stderr": 0.0007},
+}
+SET = {
+    **{"ms_ssim": 0.551, "ms_ssim_stderr": 0.021, "gray_distance": 0.01291},
+    **{"power_low": 1.01, "power_middle": 0.18, "power_high": 0.264},
+    **{"c2st_coarse": 0.58, "c2st_pca": 0.987, "c2st_spectrum": 1.0},
+    **{"c2st_coarse_stderr": 0.03, "c2st_pca_stderr": 0.004, "c2st_spectrum_stderr": 0.0},
+    **{"nearest_pixel": 0.1179, "nearest_pixel_least": 0.0743, "nearest_pca": 0.1098},
+}
+AUDIT: dict[str, Any] = {
+    **{"run": "first", "step": 300, "weights": "ema", "split": "test", "steps_sampled": 250, "num_images": 70},
+    **{"label": [], "guidance": 0.0, "samples": SET, "decoded": SET, "linear_gaussian": SET, "real": SET},
+}
+
+
+def row(table: str, title: str) -> str:
+    (found,) = [line.strip() for line in table.splitlines() if line.strip().startswith(title)]
+    return " ".join(found.removeprefix(title).split())
+
+
+def test_evaluation() -> None:
+    table = evaluation_table(EVALUATION)
+    assert row(table, "total: the bound") == "0.8655 bits/dim +- 0.0021"
+    assert row(table, "diffusion") == "0.004211 bits/dim" and row(table, "latent (prior)") == "0.000057 bits/dim"
+    assert row(table, "rate") == "44.0 bits/image" and row(table, "PSNR of the reconstruction") == "21.99 dB"
+    assert row(table, "linear-Gaussian VDM") == "0.8711 bits/dim excess 0.0188"
+    assert row(table, "bound minus that") == "-0.0056 bits/dim +- 0.0007; below 0: better"
+    assert row(table, "phantom, split 'test':") == "123 images of 61 patients, 8 draws of noise"
+    assert "Good is low in bits, high in dB and SSIM." in table and "+-: standard error, by patient." in table
+    assert max(map(len, table.splitlines())) <= 86
+
+
+def test_what_was_not_fitted_has_no_unit() -> None:
+    lacking = dict.fromkeys(("lingauss_bpd", "pca64_bpd", "over_lingauss_bpd", "over_lingauss_bpd_stderr"))
+    table = evaluation_table({**EVALUATION, **lacking})
+    assert row(table, "linear-Gaussian VDM") == row(table, "PCA-64 (no rate charged)") == "not fitted (too few images)"
+    assert "bound minus that" not in table
+
+
+def test_the_error_of_one_patient_is_unknown() -> None:
+    table = evaluation_table({**EVALUATION, "vlb_bpd_stderr": None, "labels": "null"})
+    assert row(table, "total: the bound") == "0.8655 bits/dim +- unknown (one patient)" and "no labels (null)" in table
+
+
+@pytest.mark.parametrize("missing", [(), ("linear_gaussian",), ("linear_gaussian", "real")])
+def test_audit(missing: tuple[str, ...]) -> None:
+    """A column for every set that there is, each number with its error, and how to read it."""
+    result = {name: value for name, value in AUDIT.items() if name not in missing}
+    result["samples"] = dict(SET)
+    result["samples"]["c2st_pca"], result["samples"]["power_high"] = 0.75, 0.5
+    table = audit_table(result)
+    titles = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
+    heads = [title for name, title in titles.items() if name not in missing]
+    assert table.splitlines()[2].split() == heads
+    others = len(heads) - 1
+    assert row(table, "AUC, 64 PCA scores").split() == ["0.75+-0.00", *["0.99+-0.00"] * others]
+    assert row(table, "power, fine scales").split() == ["0.50", *["0.26"] * others]
+    assert row(table, "MS-SSIM of pairs (likeness)").split() == ["0.55+-0.02"] * len(heads)
+    assert row(table, "distance of gray histograms").split() == ["0.0129"] * len(heads)
+    assert all(any(line.strip().startswith(title.strip()) for line in table.splitlines()) for title, *_ in AUDIT_ROWS)
+    for words in ("power 1", "AUC 0.5", "as in the column real", "copies of training images", "70 images"):
+        assert words in table
+    assert max(map(len, table.splitlines())) <= 86
+
+
+def test_audit_of_labels_says_which() -> None:
+    table = audit_table({**AUDIT, "label": ["Mass", "a, b"], "guidance": 1.5})
+    assert "T = 250, label 'Mass and a, b', guidance 1.5" in table
