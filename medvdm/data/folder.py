@@ -43,7 +43,7 @@ _SAY_NOTHING = {
     *("tif", "tiff", "bmp", "raw", "original", "resized", "processed", "stage", "part", "split", "splits", "the", "x"),
     *("ray", "rays"),
 }
-_MASKS = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "groundtruth", "gt"}
+_MASKS = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt"}
 _NO_NAMES = {"", "anonymous", "anonymized", "anonymised", "anon", "anonym", "unknown", "none", "na", "nan", "null"}
 _NO_NAMES |= {"patient", "patientid", "id", "test", "default", "noid", "deidentified", "removed", "x", "xxx", "xxxx"}
 
@@ -192,7 +192,10 @@ def _without_masks(ids: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_mask(path: PurePosixPath) -> bool:
     folders = path.parts[:-1]
-    named = any(_MASKS & set(_words(part)) or part.casefold() == "labels" for part in folders)
+    named = any(
+        _MASKS & set(_words(part)) or part.casefold() == "labels" or "groundtruth" in "".join(_words(part))
+        for part in folders
+    )
     words = [word for word in _words(path.stem) if not word.isdigit()]
     return named or (bool(words) and words[-1] in _MASKS)
 
@@ -313,7 +316,7 @@ def _places(folders: Sequence[Parts], folder: Path) -> tuple[list[_Place], list[
             f"{folder}: has sides in several folders ({'/'.join(one)}, {'/'.join(other)}) with several folders inside "
             "them; expected labels around the sides or inside them, not both: give the folder that holds the sides"
         )
-    of, notes = _labelled(inside, folder)
+    of, notes = _labelled(inside, folder, around=len(before) > 1)
     places = {}
     for parts, (label, owner) in of.items():
         if len(before) == 1 and owner is not None:
@@ -343,17 +346,20 @@ def _check_sides(depths: Mapping[Parts, Sequence[int]], folder: Path) -> None:
         )
 
 
-def _labelled(inside: Mapping[Parts, Parts], folder: Path) -> tuple[dict[Parts, tuple[str, Parts | None]], list[str]]:
+def _labelled(
+    inside: Mapping[Parts, Parts], folder: Path, around: bool = False
+) -> tuple[dict[Parts, tuple[str, Parts | None]], list[str]]:
     """The label and the label folder of each folder, and what had to be guessed.
 
     Args:
         inside: for each folder of images, the part of it that may hold the label.
         folder: the root, for errors.
+        around: whether the labels are known to be folders that differ, those around the sides.
     """
     values = set(inside.values())
-    start = 0  # folders that all images share and that say nothing, such as 'images', are no labels
+    start = 0  # folders that all images share are no labels, if they say nothing (as 'images') or others must be
     while all(len(parts) > start for parts in values) and len({parts[start] for parts in values}) == 1:
-        if len({parts[: start + 1] for parts in values}) == 1 and not _says_nothing(next(iter(values))[start]):
+        if not (around or _says_nothing(next(iter(values))[start])):
             break
         start += 1
     bare = next((whole for whole, parts in inside.items() if len(parts) == start), None)
