@@ -33,6 +33,7 @@ _HOMES = {
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
     "audit": "runs.audit",
+    "bound": "runs.bound",
     "MedvdmError": "errors",
 }
 

@@ -252,8 +252,8 @@ def _evaluate(argv: list[str]) -> int:
 
     run = load(args.run, ema=args.ema, step=args.step)
     data = None
-    if args.data is not None or args.data_dir is not None:
-        data = load_data(run, args.data, args.data_dir)
+    if (args.data, args.data_dir, args.image_size) != (None, None, None):
+        data = load_data(run, args.data, args.data_dir, args.image_size)
     result = evaluate(run, data, args.evaluation)
     print(json.dumps(result) if args.json else evaluation_table(result))
     return 0

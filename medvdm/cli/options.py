@@ -103,6 +103,8 @@ class Evaluate:
     """Other data than the run's own, brought to the size of the run's images."""
     data_dir: Annotated[str | None, arg(metavar="PATH")] = None
     """Where the images are now; by default where they were."""
+    image_size: int | None = None
+    """Height and width of the run's images, to which any data are brought; no other is possible."""
     evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
     step: int | None = None
     """An earlier checkpoint that is still kept; by default the newest."""

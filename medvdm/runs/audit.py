@@ -17,7 +17,7 @@ from medvdm.runs.config import AuditConfig, settings
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.run import Run, changed, load_data
 from medvdm.runs.sample import check_seed, sample
-from medvdm.runs.store import AUDITS, write_json
+from medvdm.runs.store import AUDITS, check_writable, write_json
 from medvdm.training.devices import first_process, joined, own_parts
 
 LEAST = 10  #: images of a set; with fewer, none of the numbers means much
@@ -54,6 +54,8 @@ def audit(
         DataError: the split has no image, or none with the label.
     """
     config = settings(config, changes)
+    if save:
+        check_writable(run.path / AUDITS)
     data = load_data(run) if data is None else data
     sets = audit_sets(run, data, config)
     held_out = sets.pop("held_out")

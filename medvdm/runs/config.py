@@ -79,7 +79,7 @@ class EvaluateConfig:
     draws: int = 8
     """Independent draws of time and noise per image; the standard error needs at least 2."""
     batch_size: int = 32
-    """Images at a time; the result does not depend on it."""
+    """Images at a time; the noise depends on it, the result's law does not."""
     seed: int = 0
     """Seed of the draws."""
 

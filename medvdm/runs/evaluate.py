@@ -11,7 +11,8 @@ from medvdm.runs.config import EvaluateConfig, settings
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.record import version
 from medvdm.runs.run import Run, changed, load_data
-from medvdm.runs.store import RESULTS, write_json
+from medvdm.runs.store import RESULTS, check_writable, safe_name, write_json
+from medvdm.training.devices import first_process
 
 DEFAULTS = EvaluateConfig()
 
@@ -24,7 +25,7 @@ def evaluate(
     save: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Evaluate a run; see :func:`medvdm.evaluation.held_out.evaluate_weights` for the keys.
+    """Evaluate a run, on all devices of all processes.
 
     >>> medvdm.evaluate(run, split="val", draws=4)  # doctest: +SKIP
 
@@ -35,11 +36,18 @@ def evaluate(
         save: also write the result into the run's folder and renew its model card.
         changes: settings of :class:`medvdm.runs.config.EvaluateConfig` by name: ``split``, ``null``, ``draws``, ...
 
+    Returns:
+        The keys of :func:`medvdm.evaluation.held_out.evaluate_weights`; ``run``, ``version``, ``step`` and ``weights``
+        of what was evaluated; ``own_data``, whether the data are those of the training; their ``notes``; ``batch_size``
+        and ``seed``.
+
     Raises:
         InputError: an unknown setting, or a value that cannot be used.
-        RunError: the run's own data have changed.
+        RunError: the run's own data have changed, or the result cannot be written into the run's folder.
     """
     config = settings(config, changes)
+    if save:
+        check_writable(run.path / RESULTS)
     own = data is None
     data = load_data(run) if data is None else data
     same = data.fingerprint() == run.record["data"]["fingerprint"]
@@ -58,17 +66,25 @@ def evaluate(
         **vars(config),
     )
     result = {
-        "run": run.path.name,
+        "run": run.name,
         "version": version(),
         "step": run.step,
         "weights": run.weights,
         "own_data": same,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "notes": list(data.notes),
         **found,
     }
-    if save:
+    if save and first_process():
         (run.path / RESULTS).mkdir(exist_ok=True)
-        name = f"{data.name}-{config.split}-{run.step}-{run.weights}" + ("-null" if config.null else "")
-        name += "" if same else f"-{data.fingerprint()}"  # other data may bear the same name
-        write_json(run.path / RESULTS / f"{name}.json", result)
+        write_json(run.path / RESULTS / f"{_name(run, data, config, same)}.json", result)
         renew_card(run.path)
     return result
+
+
+def _name(run: Run, data: ImageData, config: EvaluateConfig, same: bool) -> str:
+    """A name for the result: the same for the same evaluation, and another for any other."""
+    parts = [safe_name(data.name), config.split, str(run.step), run.weights, *(["null"] if config.null else [])]
+    parts += [f"draws{config.draws}", f"batch{config.batch_size}", f"seed{config.seed}"]
+    return "-".join(parts if same else [*parts, data.fingerprint()])  # other data may bear the same name

@@ -135,7 +135,7 @@ def _write_grid(path: str | Path, images: np.ndarray, provenance: Mapping[str, A
 
     known = {k: v for k, v in provenance.items() if v is not None}
     source = ", ".join(
-        f"{k} {text_of(known[k])}" for k in ("run", "seed", "steps", "guidance", "weights") if k in known
+        f"{k} {text_of(known[k])}" for k in ("run", "seed", "steps", "guidance", "weights", "start") if k in known
     )
     info = PngInfo()
     for keyword, text in {

@@ -19,6 +19,7 @@ from medvdm.runs import config as config_
 from medvdm.runs.config import RunConfig
 from medvdm.runs.store import BASELINES, CHECKPOINTS, METRICS, read_lines, read_record
 from medvdm.training.checkpoints import Checkpoints
+from medvdm.training.devices import Layout, local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Run:
         return baselines_.load(self.path / BASELINES)
 
     @property
+    def name(self) -> str:
+        """The name of the run's folder, also where it was given as '.'."""
+        return self.path.resolve().name
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes of the run's data."""
         return tuple(self.record["data"]["class_names"])
@@ -65,7 +71,7 @@ class Run:
     def provenance(self, **more: Any) -> dict[str, Any]:
         """Where a sample of this run comes from, for the sample's file."""
         return {
-            "run": self.path.name,
+            "run": self.name,
             "version": self.record["version"],
             "preset": self.config.preset,
             "data": self.record["data"]["name"],
@@ -94,7 +100,8 @@ def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run
         raise RunError(f"{path}: this run keeps no moving average (ema_decay is 0); expected one for --ema")
     if not (path / CHECKPOINTS).is_dir():
         raise MissingFileError(f"{path / CHECKPOINTS}: not found; expected at least one checkpoint")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Of several processes, each has a copy.
+    sharding = Layout(jax.device_count()).replicated
     shapes = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     settings = config_.fingerprint(config)
@@ -107,25 +114,50 @@ def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run
         step=step,
         weights="ema" if ema else "raw",
         graph=vdm.graph_of(config.model),
-        params=params,
+        params=local(params),
     )
 
 
-def load_data(run: Run, name: str | None = None, data_dir: str | None = None) -> ImageData:
-    """The run's own data, or another source brought to the run's image size."""
+def load_data(
+    run: Run, name: str | None = None, data_dir: str | None = None, image_size: int | None = None
+) -> ImageData:
+    """The run's own data, or others brought to the run's image size.
+
+    Whatever is named here is brought to the size of the run's images with the run's own ``fit``, and has a note of it.
+
+    Args:
+        run: from :func:`load`.
+        name: another source than the run's own.
+        data_dir: where the images are now.
+        image_size: the run's, said again; the model takes no other.
+
+    Raises:
+        InputError: another image size than the run's, images that cannot be brought to it, or data that were given
+            from Python.
+        as :func:`medvdm.data.load`.
+    """
     settings = run.config.data
     height, width, _ = run.config.model.image_shape
-    if name is not None and name != settings.data:
-        if height != width:
-            raise InputError(f"data: the run's images are {height}x{width}; expected square ones for other data")
-        settings = DataConfig(data=name, image_size=height)
-    if data_dir is not None:
-        settings = replace(settings, data_dir=data_dir)
-    if settings.data not in data_.names() and name is None:
+    if image_size not in (None, height) or (image_size is not None and height != width):
+        raise InputError(f"image_size: {image_size}; expected that of the run's images, {height}x{width}")
+    if name is None and settings.data not in data_.names():
         raise InputError(
-            f"data: the run was trained on '{settings.data}' given from Python; expected it to be given again"
+            f"data: the run was trained on '{settings.data}', given from Python, which the command line cannot take; "
+            f"expected a call from Python with the same data, as medvdm.evaluate(medvdm.load({str(run.path)!r}), data)"
         )
-    return data_.load(settings)
+    if (name is None or name == settings.data) and data_dir is None:
+        return data_.load(settings)
+    if name is not None and name != settings.data:
+        settings = DataConfig(data=name, fit=settings.fit)
+    settings = replace(settings, data_dir=data_dir, image_size=height if height == width else settings.image_size)
+    data = data_.load(settings)
+    if data.image_shape[:2] != (height, width):
+        found = "x".join(map(str, data.image_shape[:2]))
+        raise InputError(
+            f"data: {data.name} has images of {found} pixels; expected those of the run, {height}x{width} "
+            "(only square ones are resized)"
+        )
+    return replace(data, notes=(*data.notes, f"brought to the run's {height}x{width} pixels, fit '{settings.fit}'"))
 
 
 def changed(run: Run) -> RunError:

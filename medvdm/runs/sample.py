@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,26 @@ def sample(
         images=drawn.images,
         findings=findings,
         class_names=names,
-        provenance=run.provenance(seed=seed, steps=config.steps, guidance=config.guidance, label=list(config.label)),
+        provenance=run.provenance(
+            seed=seed,
+            steps=config.steps,
+            guidance=config.guidance,
+            label=list(config.label),
+            start=_start(z, first, config.steps),
+        ),
         states=drawn.states,
         times=drawn.times,
     )
+
+
+def _start(z: np.ndarray | None, first: int | None, steps: int) -> str:
+    """What the chain began from, for the provenance: a chain from an image's latent is no pure sample."""
+    at = "" if first in (None, steps) else f" at step {first} of {steps}"
+    if z is None:
+        return f"N(0, I){at}"
+    z = np.ascontiguousarray(z, np.float32)
+    at = at or f" at step {steps} of {steps}"
+    return f"started from a given latent{at} (sha256 {hashlib.sha256(z.tobytes()).hexdigest()[:16]})"
 
 
 def check_seed(seed: int) -> None:

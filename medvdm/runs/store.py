@@ -15,9 +15,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +67,23 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
 CONFIG, BASELINES, CHECKPOINTS = "config.json", "baselines.npz", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
 AUDITS = "audits"
+
+
+def check_writable(folder: Path) -> None:
+    """Raise RunError unless files can be written into a folder of a run, which need not be there yet."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; expected a folder, or nothing")
+    place = folder if folder.exists() else folder.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"{place}: cannot be written to; expected a folder that can, or save=False from Python")
+
+
+def safe_name(text: str) -> str:
+    """A text as a part of a file's name: nothing that leads elsewhere, hides the file or makes its name too long."""
+    name = urllib.parse.quote(text, safe="")
+    if len(name) > 80:
+        name = f"{name[:60]}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return "%2E" + name[1:] if name.startswith(".") else name
 
 
 def write_text(path: Path, text: str) -> None:

@@ -491,7 +491,7 @@ def test_evaluate_options_reach_the_result(run: Path, capfd: pytest.CaptureFixtu
     assert (ema["weights"], ema["labels"]) == ("ema", "true") and ema["vlb_bpd"] != raw["vlb_bpd"]
     assert (null["weights"], null["labels"]) == ("raw", "null") and null["diffusion_bpd"] != raw["diffusion_bpd"]
     assert other["diffusion_bpd"] != raw["diffusion_bpd"] and other["floor_bpd"] == raw["floor_bpd"]
-    assert len(list((run / "results").glob("*.json"))) == 3, "each kind of evaluation has a file of its own"
+    assert len(list((run / "results").glob("*.json"))) == 4, "each kind of evaluation has a file of its own"
     every = evaluate("--split", "all")
     counts = json.loads((run / "config.json").read_text())["data"]["counts"]
     assert raw["num_images"] == counts["val"]["images"]

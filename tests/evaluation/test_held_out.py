@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import STEPS, tree
 
-import medvdm
 from medvdm.data import ImageData, from_arrays
-from medvdm.errors import DataError, InputError, RunError
+from medvdm.errors import DataError, InputError
 from medvdm.evaluation import baselines, held_out
 from medvdm.evaluation.held_out import evaluate_weights
 from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.models import vdm
-from medvdm.runs import config as config_
-from medvdm.runs.run import load_data
 
 SHAPE = (8, 9, 1)
 PIXELS = math.prod(SHAPE)
@@ -333,98 +327,3 @@ def test_data_that_do_not_fit_the_model_are_refused(small: tuple[Any, Any]) -> N
         evaluate_weights(*small, images(3), "val")
     with pytest.raises(InputError, match="did you mean 'test'"):
         evaluate_weights(*small, images(3), "tset")
-
-
-# Runs
-
-
-@pytest.fixture
-def path(run: Path) -> Path:
-    """The folder of the copied run; ``run`` is what the tests below load from it."""
-    return run
-
-
-def other_images(class_names: list[str], n: int = 6) -> ImageData:
-    pixels = np.random.default_rng(0).uniform(size=(n, 16, 16)).astype(np.float32)
-    return from_arrays(pixels, np.arange(n) % 2, class_names=class_names, splits=["test"] * n, name="elsewhere")
-
-
-def test_the_result_names_the_run_the_weights_and_the_step(path: Path) -> None:
-    raw, ema = (medvdm.evaluate(medvdm.load(path, ema=e), split="val", draws=1, save=False) for e in (False, True))
-    for found, weights in ((raw, "raw"), (ema, "ema")):
-        assert (found["run"], found["step"], found["weights"]) == ("run", STEPS, weights)
-        assert found["version"] == medvdm.__version__ and found["own_data"] is True
-    assert raw["vlb_bpd"] != ema["vlb_bpd"]
-
-
-def test_evaluating_writes_the_result_and_the_card_and_nothing_else(path: Path) -> None:
-    before = tree(path)
-    stamp = (path / "baselines.npz").stat().st_mtime_ns
-    run = medvdm.load(path)
-    medvdm.evaluate(run, split="val", draws=1, save=False)
-    assert tree(path) == before
-    found = medvdm.evaluate(run, split="val", draws=1)
-    after = tree(path)
-    written = {name for name in after if after[name] != before.get(name)}
-    (name,) = written - {"results", "MODEL_CARD.md"}
-    assert name.startswith("results/") and set(before) <= set(after)
-    assert json.loads((path / name).read_text()) == found
-    assert (path / "baselines.npz").stat().st_mtime_ns == stamp
-
-
-def test_the_card_tells_the_result_of_this_run_on_this_data(path: Path) -> None:
-    record = json.loads((path / "config.json").read_text())
-    assert "has not been evaluated" in (path / "MODEL_CARD.md").read_text()
-    found = medvdm.evaluate(medvdm.load(path), split="test", draws=2)
-    card = (path / "MODEL_CARD.md").read_text()
-    for text in (record["data"]["origin"], record["data"]["fingerprint"], "phantom", "No Finding", "Pneumonia"):
-        assert text in card, text
-    for name in ("vlb_bpd", "floor_bpd", "excess_bpd"):
-        assert f"{found[name]:.4f}" in card, name
-    counts = record["data"]["counts"]
-    for split in ("train", "val", "test"):
-        assert f"| {split} | {counts[split]['images']} | {counts[split]['patients']} |" in card
-    assert "not for clinical use" in card.casefold()
-    assert "has not been evaluated" not in card
-    for foreign in ("NIH", "MedMNIST", "given by the user", "text-mined", "elsewhere"):
-        assert foreign not in card, foreign
-
-
-def test_other_data_need_the_same_classes_or_null(path: Path) -> None:
-    run = medvdm.load(path)
-    before = tree(path)
-    with pytest.raises(InputError, match="elsewhere: classes x, y; expected No Finding, Pneumonia, or --null"):
-        medvdm.evaluate(run, other_images(["x", "y"]), draws=1)
-    with pytest.raises(InputError, match="classes"):  # the same names in another order are other labels
-        medvdm.evaluate(run, other_images(["Pneumonia", "No Finding"]), draws=1)
-    assert tree(path) == before
-    found = medvdm.evaluate(run, other_images(["x", "y"]), draws=1, null=True)
-    assert found["own_data"] is False and found["labels"] == "null" and found["data"] == "elsewhere"
-    same = medvdm.evaluate(run, other_images(["No Finding", "Pneumonia"]), draws=1)
-    assert same["own_data"] is False and same["labels"] == "true"
-    assert found["mean_image_bpd"] == same["mean_image_bpd"]
-    assert tree(path)["baselines.npz"] == before["baselines.npz"], "never fitted on what is evaluated"
-    assert "of other data: elsewhere" in (path / "MODEL_CARD.md").read_text()
-
-
-def test_data_that_changed_since_training_are_refused(path: Path) -> None:
-    record = json.loads((path / "config.json").read_text())
-    record["data"]["fingerprint"] = "0" * 16
-    (path / "config.json").write_text(json.dumps(record))
-    before = tree(path)
-    with pytest.raises(RunError, match="no longer what the run was trained on"):
-        medvdm.evaluate(medvdm.load(path), draws=1)
-    assert tree(path) == before
-
-
-def test_a_run_without_its_baselines_is_refused(path: Path) -> None:
-    (path / "baselines.npz").write_bytes((path / "baselines.npz").read_bytes()[:100])
-    with pytest.raises(RunError, match=r"baselines\.npz"):
-        medvdm.evaluate(medvdm.load(path), draws=1)
-
-
-def test_data_given_from_python_must_be_given_again(path: Path) -> None:
-    run = medvdm.load(path)
-    run = dataclasses.replace(run, config=config_.change(run.config, data="arrays"))
-    with pytest.raises(InputError, match="'arrays' given from Python"):
-        load_data(run)
