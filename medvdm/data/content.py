@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from medvdm.errors import DataError, MissingFileError
 WHOLE_BYTES = 2 << 30  # files that take more than this together are hashed by samples of their bytes
 SAMPLES, SAMPLE_BYTES = 8, 4096  # of one file: spread evenly, the first and the last bytes among them
 
-_BLOCK = 256  # images that are read at a time
+_BLOCK = 256  # images or files that are read at a time
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -67,21 +68,22 @@ def of_files(paths: Sequence[Path], settings: Sequence[str] = ()) -> tuple[bytes
 
     def size(path: Path) -> int:
         with _problems_named(path):
-            return path.stat().st_size
+            return os.stat(path).st_size
 
     def digest(path: Path) -> bytes:
         one = start.copy()
-        with _problems_named(path), path.open("rb") as file:
-            length = file.seek(0, os.SEEK_END)
+        with _problems_named(path), open(path, "rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
             one.update(length.to_bytes(8, "big"))
             for position in [0] if whole else _sample_positions(length):
                 file.seek(position)
-                one.update(file.read(-1 if whole else SAMPLE_BYTES))
+                one.update(file.readall() if whole else file.read(SAMPLE_BYTES))
         return one.digest()
 
+    blocks = [paths[i : i + _BLOCK] for i in range(0, len(paths), _BLOCK)]  # one task per file would cost more
     with ThreadPoolExecutor(_THREADS) as pool:
-        whole = sum(pool.map(size, paths)) <= WHOLE_BYTES
-        return tuple(pool.map(digest, paths))
+        whole = sum(pool.map(lambda block: sum(map(size, block)), blocks)) <= WHOLE_BYTES
+        return tuple(chain.from_iterable(pool.map(lambda block: list(map(digest, block)), blocks)))
 
 
 @contextmanager
