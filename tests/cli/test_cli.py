@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -379,6 +380,141 @@ def test_random_arguments_never_give_a_traceback(
     else:
         assert code == 2 and not out
         assert len(err.splitlines()) == 1 and err.startswith("medvdm: "), err
+
+
+# What the README and the manual promise, held against the parser
+
+ROOT = Path(__file__).parents[2]
+PARSED = {
+    "train": options.Train,
+    "evaluate": options.Evaluate,
+    "sample": options.Sample,
+    "audit": options.Audit,
+    "benchmark": options.Benchmark,
+}
+
+
+def settings_of(kind: Any, default: Any) -> dict[str, Any]:
+    """Every option of a command with its default, through the dataclasses that it is composed of."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= settings_of(value, value)
+        elif field.name not in FROM_DATA:
+            found["RUN" if field.name == "run" else f"--{field.name.replace('_', '-')}"] = value
+    return found
+
+
+def options_of(command: str, chosen: str = "demo") -> dict[str, Any]:
+    if command == "train":
+        return settings_of(options.Train, options.train_defaults(preset(chosen)))
+    required = {f.name: None for f in dataclasses.fields(PARSED[command]) if f.name in ("run", "out")}
+    return settings_of(PARSED[command], PARSED[command](**required))
+
+
+def readable(command: str, words: list[str]) -> Any:
+    """What the parser makes of a documented line; a preset's own defaults where one is named."""
+    if command != "train":
+        return parse(PARSED[command], words, command)
+    chosen = words[words.index("--preset") + 1] if "--preset" in words else "demo"
+    return parse(options.Train, words, command, options.train_defaults(preset(chosen)))
+
+
+def test_the_contract_of_the_readme_is_what_the_parser_takes() -> None:
+    """Word by word: each option with each of the values that it lists, with and without what is optional."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split("The full contract:\n\n```\n")[1].split("\n```")[0].splitlines()
+    assert [line.split()[:2] for line in lines] == [["medvdm", command] for command in PARSED]
+    examples = {
+        **{"N": "3", "T": "5", "W": "1.5", "DIR": "there", "RUN": "runs/x", "NAME": "Mass", "SPLIT": "val"},
+        **{"<medmnist flag>": "pneumoniamnist", "FILE.{npz|png}": "s.png"},
+    }
+    for line in lines:
+        _, command, rest = line.split(maxsplit=2)
+        known = options_of(command)
+        for optional in (True, False):
+            wanted = rest.replace("[", "").replace("]", "") if optional else re.sub(r"\[[^]]*\]", "", rest)
+            words, chosen = [], {}
+            for part in re.findall(r"FILE\.\{[^}]*\}|\{[^}]*\}|\S+", wanted):
+                if part.startswith("--"):
+                    assert part in known, (command, part)
+                    words.append(part)
+                elif part.startswith("{"):
+                    chosen[words[-1]] = part.strip("{}").split("|")
+                    words.append(examples.get(chosen[words[-1]][0], chosen[words[-1]][0]))
+                elif part == "RUN" and not words:
+                    words.append(examples[part])
+                elif part == "NAME" and words[-1] == "--preset":
+                    words.append("paper")
+                else:
+                    words.append(examples[part])
+            readable(command, words)
+            for option, values in chosen.items():
+                for value in values:
+                    place = words.index(option) + 1
+                    readable(command, [*words[:place], examples.get(value, value), *words[place + 1 :]])
+            if "--preset" in chosen:
+                assert tuple(chosen["--preset"]) == PRESETS
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/cli.md"])
+def test_every_command_on_the_page_can_be_read(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n>", "").replace("\\\n", "")
+    text = text.split("\n## Errors and exit codes\n")[0]  # the lines there are wrong on purpose
+    lines = re.findall(r"^(?:\$ )?(medvdm (?:train|evaluate|sample|audit|benchmark) [^\n]*)$", text, re.M)
+    lines = [line for line in lines if not re.search(r"[\[{]", line)]  # the contract has a test of its own
+    assert len(lines) >= 8
+    for line in lines:
+        _, command, *words = shlex.split(re.sub(r"\s*(&?>|\||#).*$", "", line))
+        if "--resume" in words or "--help" in words:
+            continue
+        readable(command, words)
+
+
+def documented(command: str) -> dict[str, list[str]]:
+    """The rows of the manual's tables for a command: option, then the cells after its meaning."""
+    text = (ROOT / "book" / "cli.md").read_text(encoding="utf-8")
+    part = text.split(f"\n## {command.capitalize()}\n")[1].split("\n## ")[0]
+    rows: dict[str, list[str]] = {}
+    for line in part.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names = re.findall(r"`(--[a-z0-9-]+|RUN)[^`]*`", cells[0]) if line.startswith("| `") else []
+        for name in names:
+            assert name not in rows, name
+            rows[name] = cells[2:]
+    return rows
+
+
+WORDS_OF_DEFAULTS = {"off": False, "on": True, "spread": True, "shown": True, "none": None}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit"])
+def test_the_manual_lists_every_option_with_its_default(command: str) -> None:
+    rows = documented(command)
+    known = options_of(command)
+    listed = {re.sub(r"^--no-", "--", name) if name not in known else name for name in rows}
+    assert listed == set(known)
+    for name, cells in rows.items():
+        name = re.sub(r"^--no-", "--", name) if name not in known else name
+        for column, cell in zip(("demo", "paper") if len(cells) == 2 else ("demo",), cells, strict=True):
+            default = options_of(command, column)[name]
+            shown = cell.strip("`")
+            if isinstance(default, bool):
+                assert WORDS_OF_DEFAULTS.get(shown.split()[0]) is default, (name, cell)
+            elif isinstance(default, int | float):
+                numbers = [float(n) for n in re.findall(r"-?\d[\d.e-]*", shown.replace(",", " "))]
+                assert default in numbers or shown in ("the same", "one process"), (name, cell)
+            elif isinstance(default, str):
+                assert shown == default, (name, cell)
+
+
+def test_the_manual_lists_the_options_of_benchmark() -> None:
+    text = (ROOT / "book" / "cli.md").read_text(encoding="utf-8").split("\n## Benchmark\n")[1].split("\n## ")[0]
+    for name, default in options_of("benchmark").items():
+        assert f"`{name}`" in text, name
+        if type(default) is int:
+            assert f"`{name}` ({default})" in text, name
 
 
 # What is printed, and the exit codes
