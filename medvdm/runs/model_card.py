@@ -352,6 +352,7 @@ _ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("images", "num_images", "", lambda v: f"{v:,}"),
     ("patients", "num_patients", "", lambda v: f"{v:,}"),
     ("draws of noise per image", "draws", "", lambda v: f"{v:,}"),
+    ("seed of the draws", "seed", "", lambda v: f"{v}"),
     ("**excess over the floor**", "excess_bpd", "bits/dim", _bpd),
     ("negative bound (total)", "vlb_bpd", "bits/dim", _bpd),
     ("its standard error", "vlb_bpd_stderr", "bits/dim", _bpd),
