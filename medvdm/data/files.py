@@ -394,9 +394,18 @@ class _Decoder:
                 f"{path}: found {_text(image.shape)} pixels of {image.dtype}; "
                 f"expected {_text(self.size)} of {self.dtype}, as when the folder was first read"
             )
-        sixteen = gray.astype(np.uint16) * 257 if gray.dtype == np.uint8 else np.rint(gray * 65535).astype(np.uint16)
-        picture = hashlib.blake2b(sixteen.tobytes(), digest_size=16, salt=str(gray.shape).encode()[:16]).digest()
-        return _Decoded(image, stored.used(), (float(stored.values.min()), float(stored.values.max())), picture)
+        return _Decoded(
+            image, stored.used(), (float(stored.values.min()), float(stored.values.max())), _picture_key(gray)
+        )
+
+
+def _picture_key(gray: np.ndarray) -> bytes:
+    """The same for pictures of the same shape and values, whether they are bytes or the floats of those."""
+    if gray.dtype != np.uint8:
+        levels = np.rint(gray * np.float32(255)).astype(np.uint8)
+        same = np.allclose(levels / np.float32(255), gray, rtol=0, atol=1e-6)  # 16 bits differ by 1.5e-5 or more
+        gray = levels if same else np.rint(gray * np.float32(65535)).astype(np.uint16)
+    return hashlib.blake2b(repr((gray.shape, gray.dtype.str)).encode() + gray.tobytes(), digest_size=16).digest()
 
 
 def _window(
