@@ -68,6 +68,17 @@ class Isotropic(Identity):
         return 0.5 * jnp.sum(per_dim, axis=-1)
 
 
+class OnImages(Isotropic):
+    """:class:`Isotropic` on images (n, h, w, c): encoding and z keep the image's shape."""
+
+    def condition(self, gamma, label):
+        return gamma[:, None, None, None], label[:, :1, None, None]
+
+    def observation_loss(self, x, decoded):
+        n = x.shape[0]
+        return super().observation_loss(x.reshape(n, -1), decoded.reshape(n, -1))
+
+
 class Mixture(Identity):
     r"""x ~ sum_k w_k N(m_k, C) with one full covariance C; the exact score through the responsibilities."""
 

@@ -259,6 +259,49 @@ def test_labels_reach_the_denoiser_and_keep_drops_them():
     np.testing.assert_array_equal(dropped, untold)
 
 
+@pytest.mark.parametrize("timesteps", [0, 7])
+def test_a_latent_of_the_images_shape_gives_the_terms_of_the_flat_one(timesteps):
+    """The same noise, so the same numbers up to rounding; the flat one is tested against its closed form above."""
+    shape = (3, 4, 2)
+    x = S * jax.random.normal(jax.random.key(6), (50, *shape))
+    labels = jnp.linspace(-1.0, 1.0, 50)[:, None]
+    schedule = schedules.FixedLinear(-6.0, 5.0)
+    flat = jitted_bound(oracle.Isotropic(S, schedule, timesteps), x.reshape(50, -1), labels, key=KEY)
+    on_images = jitted_bound(oracle.OnImages(S, schedule, timesteps), x, labels, key=KEY)
+    for name in ("reconstruction", "prior", "diffusion", "times"):
+        assert getattr(on_images, name).shape == (50,)
+        np.testing.assert_allclose(getattr(on_images, name), getattr(flat, name), rtol=1e-4, err_msg=name)
+
+
+def test_the_times_of_the_terms_are_those_of_their_diffusion_loss():
+    x, labels, key_zt = jnp.full((6, 3), 0.5), jnp.zeros((6, 1)), jax.random.split(KEY, 3)[2]
+    for timesteps in (0, 5):
+        model = oracle.Isotropic(S, SCHEDULES["fixed"], timesteps)
+        terms = bound.terms(model, x, key=KEY)
+        # In discrete time the loss takes u, which picks the step i = floor(u T) + 1; (i - 1/2) / T picks i.
+        u = terms.times - 0.5 / timesteps if timesteps else terms.times
+        by_hand = bound.diffusion_loss(model, x, labels, u, key_zt)
+        np.testing.assert_array_equal(terms.diffusion, by_hand)
+        assert len(set(np.asarray(terms.times).tolist())) == (timesteps or 6)
+        if timesteps:
+            np.testing.assert_allclose(np.sort(terms.times * timesteps) % 1, 0, atol=1e-6)
+            assert terms.times.min() > 0 and terms.times.max() == 1
+
+
+def test_prior_loss_keeps_its_digits_where_it_is_tiny():
+    for gamma_1 in (3.0, 6.0, 11.0, 20.0):
+        model = oracle.Isotropic(S, schedules.FixedLinear(-5.0, gamma_1))
+        f = np.array([[0.0], [1e-3], [2.0]])
+        small = math.exp(-gamma_1)  # -log sigma^2 = log1p(small), alpha^2 = small / (1 + small)
+        alpha2 = small / (1 + small)
+        noise = sum((-1) ** n * small**n * (1 - 1 / n) for n in range(2, 40))  # log1p(s) - s / (1 + s) as a series
+        assert noise == pytest.approx(math.log1p(small) - alpha2, rel=1e-3, abs=1e-17)
+        expected = 0.5 * (noise + alpha2 * f[:, 0] ** 2)
+        found = bound.prior_loss(model, jnp.asarray(f, jnp.float32))
+        # Two numbers of size e^-gamma are subtracted in float32 and leave half the square of it.
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-7 * small)
+
+
 # --- units and the extra term
 
 

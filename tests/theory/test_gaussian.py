@@ -171,3 +171,43 @@ def test_extreme_gammas_stay_finite_in_value_and_gradient():
         assert np.all(normal.variance >= 0)
     variance = gaussian.posterior(gamma, gamma, gamma, later).variance
     np.testing.assert_allclose(variance, reference(gamma)[1] ** 2 * -np.expm1(-0.5), rtol=1e-5)
+
+
+NEAR_AND_FAR = [
+    *((g, g + step) for g in (-30.0, -12.0, -5.0, -0.3, 0.0, 1.0, 5.0, 12.0, 30.0) for step in (3e-4, 1e-2, 1.0)),
+    *((-33.0, 33.0), (-33.0, 0.0), (0.0, 33.0), (-5.0, 25.0), (-20.0, 11.0)),
+]
+
+
+@pytest.mark.parametrize(("gamma_s", "gamma_t"), NEAR_AND_FAR)
+def test_every_variance_and_mean_keeps_its_digits_for_near_and_far_gammas(gamma_s, gamma_t):
+    """Against float64 at the very float32 numbers, where differences of the two gammas are exact."""
+    g_s, g_t = f32(gamma_s, gamma_t)
+    s, t = float(g_s), float(g_t)
+    softplus = lambda v: np.logaddexp(0.0, v)  # noqa: E731
+    c = -np.expm1(s - t)  # sigma_{t|s}^2 / sigma_t^2
+    variance = np.exp(-softplus(-t)) * c
+    ratio = np.exp(0.5 * (softplus(t) - softplus(s)))  # alpha_s / alpha_t
+    x, z, eps = 0.8, -1.3, 0.4
+    mean, added = gaussian.transition(jnp.float32(z), g_s, g_t)
+    assert float(added) == pytest.approx(variance, rel=5e-7)
+    assert float(mean) == pytest.approx(z / ratio, rel=5e-6)
+    mean, left = gaussian.posterior(jnp.float32(x), jnp.float32(z), g_s, g_t)
+    assert float(left) == pytest.approx(np.exp(-softplus(-s)) * c, rel=5e-7)
+    of_z, of_x = np.exp(s - t) * ratio, c * np.exp(-0.5 * softplus(s))
+    assert float(mean) == pytest.approx(of_z * z + of_x * x, rel=5e-6, abs=5e-6 * (of_z + of_x))
+    # z alone, whose weight is small where the gammas are far apart
+    assert float(gaussian.posterior(jnp.float32(0), jnp.float32(z), g_s, g_t).mean) == pytest.approx(of_z * z, rel=5e-6)
+    mean, left = gaussian.posterior_from_eps(jnp.float32(eps), jnp.float32(0), g_s, g_t)
+    assert float(left) == pytest.approx(np.exp(-softplus(-s)) * c, rel=5e-7)
+    assert float(mean) == pytest.approx(-ratio * c * np.exp(-0.5 * softplus(-t)) * eps, rel=5e-6)
+
+
+def test_align_gives_one_value_per_example_room_for_every_axis_of_z():
+    values = jnp.asarray([1.0, 2.0])
+    for shape in ((2,), (2, 3), (2, 3, 4, 5)):
+        z = jnp.ones(shape)
+        scaled = gaussian.align(values, z) * z
+        assert scaled.shape == shape
+        np.testing.assert_array_equal(scaled.reshape(2, -1), values[:, None] * np.ones((2, z[0].size)))
+    assert gaussian.align(values[:1], jnp.ones((2, 3))).shape == (1, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from medvdm.errors import InputError
+from medvdm.errors import DivergedError, InputError
 from medvdm.models import generate as generate_
 from medvdm.models import vdm
 from medvdm.models.generate import MAX_STEPS
@@ -18,6 +18,7 @@ S = 0.7
 MODEL = oracle.Isotropic(S, schedules.FixedLinear(-8.0, 6.0))
 chain = jax.jit(sampling.chain, static_argnums=0, static_argnames=("num_states",))
 NO_LABEL = jnp.zeros((1, 1))
+LABELS = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 0, 2, 0]]
 
 
 def keys_of(n, seed=0):
@@ -104,6 +105,50 @@ def test_states_are_the_loops_at_even_spaced_steps_from_any_start(T, first, k):
     np.testing.assert_allclose(states, loop[done], atol=2e-4)
 
 
+plain_chain = jax.jit(
+    sampling.plain_chain, static_argnums=0, static_argnames=("steps", "first", "num_states", "guidance")
+)
+
+
+@pytest.mark.parametrize(
+    ("T", "first", "k", "rows", "guidance"),
+    [(1, 1, 1, 1, 0.0), (64, 64, 1, 1, 0.0), (65, 65, 65, 3, 0.0), (100, 70, 4, 1, 1.5), (43, 42, 42, 3, -0.5),
+     (130, 130, 7, 3, 2.0), (20, 3, 2, 1, 0.7)],
+)  # fmt: skip
+def test_the_fast_chain_is_the_plain_one(small, T, first, k, rows, guidance):
+    """A real network, one label for all or one per row, from any start, with any number of states."""
+    _, graph, params = small
+    z, keys = jax.random.normal(jax.random.key(3), (3, 4)), keys_of(3)
+    labels = jnp.asarray(LABELS[:rows])
+
+    def run(chain, **settings):
+        def of(params):
+            model = vdm.merge(graph, params)
+            null = model.embed(None, n=1) if guidance else None
+            return chain(
+                model, z, model.embed(labels), null, keys=keys, first=first, guidance=guidance, num_states=k, steps=T
+            )
+
+        return np.asarray(jax.jit(of)(params))
+
+    fast, plain = run(sampling.chain), run(sampling.plain_chain)
+    assert fast.shape == (k, 3, 4)
+    np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_in_the_images_shape_is_the_flat_one():
+    shape = (2, 3, 2)
+    z, keys = jax.random.normal(jax.random.key(3), (3, *shape)), keys_of(3)
+    labels = jnp.asarray([[-1.0], [0.5], [2.0]])
+    on_images = oracle.OnImages(S, MODEL.schedule)
+    settings = {"keys": keys, "steps": 30, "first": 30, "num_states": 3}
+    flat = chain(MODEL, z.reshape(3, -1), labels, **settings)
+    for form in (chain, plain_chain):
+        states = form(on_images, z, labels, **settings)
+        assert states.shape == (3, 3, *shape)
+        np.testing.assert_allclose(states.reshape(3, 3, -1), flat, atol=1e-4)
+
+
 def test_guidance_extrapolates_from_the_null_to_the_label():
     # The exact denoiser is affine in the class mean and the null's is 0: guiding by w is a label (1 + w) times as far.
     z, keys, label = jax.random.normal(jax.random.key(3), (2, 3)), keys_of(2), jnp.asarray([[0.8]])
@@ -134,16 +179,16 @@ def test_ancestral_step_is_a_draw_from_the_posterior():
 
 
 def test_segments_are_even_and_end_exactly_even_for_large_counts():
-    for first, k in [(1, 1), (10, 3), (1_000_000, 7), (999_983, 1000), (5, 5)]:
+    most = sampling.MAX_STATES
+    for first, k in [(1, 1), (10, 3), (1_000_000, 7), (999_983, 1000), (5, 5), (999_983, most), (2 * most - 1, most)]:
         ends = np.asarray(sampling.segment_ends(first, k))
         assert ends[0] == 0 and ends[-1] == first and len(ends) == k + 1
         np.testing.assert_array_equal(ends, np.arange(k + 1) * first // k)
+    with pytest.raises(InputError, match=f"num_states: {most + 1}; expected at most {most}"):
+        sampling.segment_ends(10**6, most + 1)
 
 
 # --- the whole of generate, with a real model
-
-LABELS = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 0, 2, 0]]
-
 
 def generate(small, num=7, steps=12, **settings):
     _, graph, params = small
@@ -247,3 +292,13 @@ def test_a_second_call_and_other_numbers_of_steps_compile_nothing(small):
 def test_arguments_that_cannot_be_used_are_refused(small, wrong, says):
     with pytest.raises(InputError, match=says):
         generate(small, **wrong)
+
+
+@pytest.mark.parametrize("where", [("score", "leave", "bias"), ("decoder", "leave", "bias")])
+def test_what_is_not_finite_is_never_returned(small, where):
+    network, layer, name = where
+    params = jax.tree.map(lambda p: p, small[2])
+    params[network] = {**params[network], layer: {**params[network][layer]}}
+    params[network][layer][name] = params[network][layer][name].at[1].set(jnp.nan)
+    with pytest.raises(DivergedError, match="sampling: a latent or pixel is not finite, with 12 steps"):
+        generate(small, params=params)
