@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvdm.errors import InputTypeError
+from medvdm.errors import InputError, InputTypeError
 from medvdm.models import likelihoods
 
 
@@ -60,3 +60,11 @@ def test_integer_images_are_refused(unchecked, dtype):
     with pytest.raises(InputTypeError, match="expected float") as refusal:
         likelihoods.bernoulli_nll(jnp.ones((2, 3), dtype), jnp.zeros((2, 3)))
     assert isinstance(refusal.value, TypeError)
+
+
+@pytest.mark.parametrize("values", [[0.0, 255.0], [-0.01, 0.5], [float("nan"), 0.5], [0.5, float("inf")]])
+def test_values_outside_the_unit_interval_are_refused_where_they_are_known(values):
+    x = jnp.asarray([values])
+    for call in (lambda: likelihoods.bernoulli_nll(x, jnp.zeros((1, 2))), lambda: likelihoods.bernoulli_floor(x)):
+        with pytest.raises(InputError, match=r"^images: values from .*; expected \[0, 1\]$"):
+            call()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from medvdm import data
 from medvdm.errors import InputError, InputTypeError
@@ -80,7 +81,7 @@ def test_before_training_the_noise_prediction_is_the_exact_denoiser(start, model
 
 
 def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_denoisers_error():
-    """Random weights everywhere, and the formula of the module's head in numpy but for the network inside."""
+    """Random weights everywhere, and the formula of LinearScore in numpy but for the network inside."""
     settings = vdm.VDMConfig(
         architecture="linear-start", image_shape=(4, 4, 1), latent=3, embedding_dim=4, decoder_width=4, inner_width=8,
         decoder_layers=0, score_layers=1,
@@ -125,6 +126,58 @@ def test_the_smooth_clip_is_positive_and_its_formula_far_below_zero_too():
     p = np.array([-3.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 4.0])
     exact = 0.5 * (p + np.sqrt(p**2 + DELTA**2))  # float64 has the digits
     np.testing.assert_allclose(linear_start._clip(jnp.asarray(p, jnp.float32)), exact, rtol=1e-5)
+
+
+def decoder(shape, width=4):
+    """A decoder with random weights everywhere, and its logits of three latents."""
+    basis = linear_start.Basis(int(np.prod(shape)), 3)
+    net = linear_start.LinearDecoder(shape, basis, width=width, layers=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(net)
+    state = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), state)
+    net = nnx.merge(graph, state)
+    net.basis.variances[...] = jnp.ones(3)
+    return net, jnp.asarray(rng.standard_normal((3, 3)), jnp.float32)
+
+
+def by_cells(net, logits):
+    """The decoder's correction of logits whose sides are multiples of 8, cell by cell."""
+    n, h, w, c = logits.shape
+    cells = np.asarray(0.3 * logits).reshape(n, h // 8, 8, w // 8, 8, c).transpose(0, 1, 3, 2, 4, 5)
+    cells = cells.reshape(n, h // 8, w // 8, -1)
+    place = np.stack(np.meshgrid(np.linspace(-1, 1, h // 8), np.linspace(-1, 1, w // 8), indexing="ij"), axis=-1)
+    hidden = net.enter(jnp.asarray(np.concatenate([cells, np.stack([place] * n)], axis=-1), jnp.float32))
+    for block in net.blocks:
+        hidden = block(hidden)
+    change = np.asarray(net.leave(nnx.swish(hidden))).reshape(n, h // 8, w // 8, 8, 8, c)
+    return logits + change.transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 1), (17, 24, 2), (15, 9, 1), (4, 4, 1), (1, 8, 3)])
+def test_sides_that_are_no_multiples_of_the_cell_are_filled_up_and_cut_off(shape):
+    net, z = decoder(shape)
+    gamma_0 = jnp.asarray(-2.0)
+    logits = np.asarray(net.mean_logits(z, gamma_0))
+    more = [(0, -side % 8) for side in shape[:2]]
+    expected = by_cells(net, np.pad(logits, [(0, 0), *more, (0, 0)], mode="edge"))[:, : shape[0], : shape[1]]
+    found = net(z, gamma_0)
+    assert found.shape == (3, *shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(found - logits).max() > 0.01  # the correction does something
+
+
+def test_a_side_of_255_costs_what_256_does():
+    def work(side):
+        net, z = decoder((side, side, 1), width=8)
+        graph, params = vdm.split(net)
+
+        def loss(params):
+            return vdm.merge(graph, params)(z, jnp.asarray(-2.0)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
+
+    assert work(255) < 1.02 * work(256)
+    assert work(17) < 1.1 * work(24)
 
 
 def test_components_agree_with_a_dense_decomposition(start):

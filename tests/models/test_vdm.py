@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from medvdm.errors import InputError
-from medvdm.models import vdm
+from medvdm.models import blocks, vdm
 from medvdm.theory import bound as bound_
 from medvdm.theory import gaussian
 
@@ -90,9 +91,98 @@ def test_model_is_a_diffusion(small):
     assert small[0].dimensions == 24
 
 
+TINY = {
+    **{"image_shape": (5, 9, 1), "classes": 2, "latent": 3, "embedding_dim": 4, "encoder_width": 4},
+    **{"decoder_width": 4, "inner_width": 4, "encoder_layers": 1, "decoder_layers": 1, "score_layers": 1},
+}
+
+
+def tiny_model(name, **changes):
+    config = vdm.VDMConfig(**{**TINY, "architecture": name, **changes})
+    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes)
+    if "basis" in params:
+        params["basis"]["variances"] = jnp.abs(params["basis"]["variances"])
+    return config, vdm.graph_of(config), params
+
+
+@pytest.mark.parametrize("name", vdm.ARCHITECTURES)
+def test_every_architecture_answers_the_same_calls(name):
+    config, graph, params = tiny_model(name)
+    x = jnp.asarray(np.random.default_rng(1).random((4, 5, 9, 1), np.float32))
+
+    @jax.jit
+    def calls(params):
+        model = vdm.merge(graph, params)
+        f = model.encoder(x)
+        gamma = jnp.full((4,), -1.0)
+        eps_hat = model.score(f, model.score.condition(gamma, model.embed(None, n=4)))
+        return f, eps_hat, model.decoder(f, model.gamma(jnp.zeros(()))), bound_.terms(model, x, key=jax.random.key(0))
+
+    f, eps_hat, logits, terms = calls(params)
+    assert f.shape == eps_hat.shape == (4, *vdm.merge(graph, params).latent_shape) == (4, 3)
+    assert logits.shape == x.shape and np.all(np.isfinite(terms.total))
+
+
+@pytest.mark.parametrize("name", vdm.ARCHITECTURES)
+def test_what_is_measured_is_told_by_the_kind_of_its_variables_and_joins_again(name):
+    config, graph, params = tiny_model(name)
+    trained, measured = vdm.partition(graph, params)
+    assert bool(measured) == vdm.ARCHITECTURES[name].measures_components
+    assert vdm.count(trained) + vdm.count(measured) == vdm.count(params)
+    joined = vdm.join(trained, measured)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, joined, params)
+    if measured:
+        assert {n: leaf.shape for n, leaf in measured["basis"].items()} == {
+            "mean": (45,), "components": (3, 45), "variances": (3,)
+        }  # fmt: skip
+        other = jax.tree.map(lambda p: p + 1, measured["basis"])
+        jax.tree.map(np.testing.assert_array_equal, vdm.with_components(params, other)["basis"], other)
+    with pytest.raises(InputError, match=r"components: \{'mean': \(7,\)\}; expected"):
+        vdm.with_components(params, {"mean": jnp.zeros(7)})
+
+
+def test_measured_variables_may_lie_anywhere_in_a_model():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+            self.layer.scale = blocks.Measured(jnp.ones(3))
+
+    graph, params = vdm.split(Scaled())
+    trained, measured = vdm.partition(graph, params)
+    assert set(trained["layer"]) == {"kernel", "bias"} and set(measured["layer"]) == {"scale"}
+    jax.tree.map(np.testing.assert_array_equal, vdm.join(trained, measured), params)
+
+
+@pytest.mark.parametrize("name", vdm.ARCHITECTURES)
+@pytest.mark.parametrize(("factor", "says"), [(255.0, "values from 0 to 255"), (-1.0, "from -1 to"), (np.nan, "nan")])
+def test_images_that_are_not_gray_in_the_unit_interval_are_refused(name, factor, says):
+    """In the bound, the encoding and the likelihood, wherever the values are known."""
+    _, graph, params = tiny_model(name)
+    model = vdm.merge(graph, params)
+    x = jnp.asarray(factor * np.linspace(0.0, 1.0, 90, dtype=np.float32).reshape(2, 5, 9, 1))
+    for call in (
+        lambda: bound_.terms(model, x, key=jax.random.key(0)),
+        lambda: model.encode(x),
+        lambda: model.observation_loss(x, jnp.zeros_like(x)),
+        lambda: jax.jit(lambda: model.encode(x))(),  # closed over: known inside a compiled function too
+    ):
+        with pytest.raises(InputError, match=says):
+            call()
+
+
+def test_float16_is_refused_with_the_reason(unchecked):
+    with pytest.raises(InputError, match="dtype: 'float16'; most gradients are below .* expected 'float32' or") as no:
+        vdm.VDMConfig(dtype="float16")
+    assert "\n" not in str(no.value)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"gamma_min": -200.0, "gamma_max": 200.0}, r"gamma_min, gamma_max: -200.0, 200.0; expected within \+-33.3"),
         ({"gamma_min": 2.0}, "gamma_min"),
         ({"latent": 0}, "latent: 0"),
         ({"timesteps": -1}, "timesteps: -1"),

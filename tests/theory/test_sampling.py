@@ -190,6 +190,7 @@ def test_segments_are_even_and_end_exactly_even_for_large_counts():
 
 # --- the whole of generate, with a real model
 
+
 def generate(small, num=7, steps=12, **settings):
     _, graph, params = small
     return generate_.generate(graph, settings.pop("params", params), num=num, steps=steps, **settings)

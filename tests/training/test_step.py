@@ -161,6 +161,72 @@ def test_average_of_weights_follows_them(trained):
     assert max(lag) > 1e-4
 
 
+def test_the_average_begins_short_and_is_no_worse_than_the_weights_after_a_short_run(small):
+    """120 steps at decay 0.999: without a warm-up the initial weights would still count 89 %."""
+    config, graph, params = small
+    steps, train = 120, dataclasses.replace(TRAIN, steps=120, ema_decay=0.999)
+    decays = np.array([float(step_.ema_decay(train, k)) for k in range(steps)])
+    np.testing.assert_allclose(decays, [min(0.999, (1 + k) / (10 + k)) for k in range(steps)], rtol=1e-6)
+    assert np.prod(decays) < 1e-12  # the share of the initial weights
+    assert float(step_.ema_decay(train, 10**5)) == np.float32(0.999)
+    step, state = jit_step(config, train), state_of(params, train)
+    images, labels = batch(config)
+    slow = jax.tree.map(np.asarray, params)
+    for _ in range(steps):
+        state, _ = step(state, images, labels)
+        slow = jax.tree.map(lambda e, p: 0.999 * e + 0.001 * np.asarray(p), slow, state.params)
+
+    @jax.jit
+    def loss(params):
+        model = vdm.merge(graph, params)
+        keys = jax.random.split(jax.random.key(1), 20)
+        return jnp.mean(jax.lax.map(lambda key: loss_fn(model, train, images, labels, key)[0], keys))
+
+    start, raw, average, without = (float(loss(p)) for p in (params, state.params, state.ema, slow))
+    assert raw < 0.8 * start
+    assert average - raw < 0.1 * (start - raw)
+    assert without - raw > 0.5 * (start - raw)  # the test could fail
+
+
+def test_runs_that_differ_in_their_numbers_share_one_program_and_its_numbers_are_theirs(small):
+    config, _, params = small
+    images, labels = batch(config)
+    shared = jit_step(config, TRAIN)
+    for changes in (
+        {"seed": 7},
+        {"steps": 35, "final_fraction": 0.1},
+        {"learning_rate": 1e-2, "warmup_steps": 0},
+        {"warmup_steps": 40, "batch_size": 3},
+    ):
+        train = dataclasses.replace(TRAIN, **changes)
+        step = jit_step(config, train)
+        assert step.program is shared.program
+        late = state_of(params, train)._replace(step=jnp.asarray(30, jnp.int32))
+        late = late._replace(opt_state=optax.tree.set(late.opt_state, count=jnp.asarray(30, jnp.int32)))
+        alone, of_alone = jax.jit(make_step(config, train))(late, images, labels)
+        found, metrics = step(jax.tree.map(jnp.copy, late), images, labels)
+        np.testing.assert_allclose(metrics, of_alone, rtol=1e-4)
+        # By the norm, as Adam takes a whole step also where a gradient is nothing but rounding.
+        wrong, moved = (float(optax.tree.norm(optax.tree.sub(alone.params, other))) for other in (found.params, params))
+        assert wrong < 0.01 * moved and moved > 0
+        as_shared, _ = shared(jax.tree.map(jnp.copy, late), images, labels)
+        assert float(optax.tree.norm(optax.tree.sub(alone.params, as_shared.params))) > 0.1 * moved
+    for changes in ({"ema_decay": 0.5}, {"b2": 0.9}, {"clip_norm": 1.0}, {"label_dropout": 0.5}):
+        assert jit_step(config, dataclasses.replace(TRAIN, **changes)).program is not shared.program
+    assert jit_step(dataclasses.replace(config, latent=5), TRAIN).program is not shared.program
+
+
+def test_new_states_are_those_of_their_seed():
+    config = vdm.VDMConfig(
+        image_shape=(2, 2, 1), latent=2, embedding_dim=2, encoder_width=2, decoder_width=2, inner_width=2,
+        encoder_layers=0, decoder_layers=0, score_layers=1,
+    )  # fmt: skip
+    for seed in (0, 3):
+        train = TrainConfig(seed=seed, ema_decay=0.5)
+        made, pure = step_.new_state(config, train), init_state(config, train)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), made, pure)
+
+
 def test_the_first_step_of_the_warmup_changes_nothing_and_the_second_does(trained):
     states = trained[0]
     jax.tree.map(np.testing.assert_array_equal, states[1].params, states[0].params)
