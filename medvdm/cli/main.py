@@ -49,13 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problem.errno not in _PLACES:
             raise
         place = problem.filename  # a write, unlike opening a file, does not say where
-        if place is None and "--out" in argv[:-1]:
-            place = argv[argv.index("--out") + 1]
+        if place is None:
+            place = _out_of(argv)
         _complain(f"{f'{place}: ' if place else ''}{problem.strerror}; expected a place that can be written")
         return 2
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+
+
+def _out_of(argv: Sequence[str]) -> str | None:
+    """The value of --out, in either spelling."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == "--out":
+            return following
+        if word.startswith("--out="):
+            return word.removeprefix("--out=")
+    return None
 
 
 #: What is wrong with the place that a command should write to, rather than with the program.

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -517,6 +518,49 @@ def test_the_manual_lists_the_options_of_benchmark() -> None:
             assert f"`{name}` ({default})" in text, name
 
 
+# Names that the terminal, or UTF-8, cannot hold
+
+
+def ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str, str]]:
+    """From now on there is a terminal that can show ASCII only; returns what tells what it showed."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def shown() -> tuple[str, str]:
+        for stream in streams:
+            stream.flush()
+        return streams[0].buffer.getvalue().decode("ascii"), streams[1].buffer.getvalue().decode("ascii")
+
+    return shown
+
+
+@pytest.mark.parametrize("name", ["胸部", "caf\udce9"])  # the second is what Python makes of the bytes b"caf\xe9"
+def test_a_name_that_cannot_be_shown_is_shown_as_its_code(
+    name: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, run = name.encode("ascii", "backslashreplace").decode(), str(trained.path)
+    shown = ascii_terminal(monkeypatch)
+    for suffix in (".png", ".npz"):
+        assert main(["sample", run, "--num", "1", "--steps", "2", "--out", f"{tmp_path / name}{suffix}"]) == 0
+        assert (tmp_path / (name + suffix)).stat().st_size > 0
+        assert shown()[0].endswith(f"1 synthetic images: {tmp_path}/{code}{suffix}\n")
+    assert main(["sample", run, "--num", "1", "--label", name, "--out", str(tmp_path / "a.png")]) == 2
+    assert f"label: '{code}'" in shown()[1]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", name, "--data-dir", name, "--help"])
+    assert stop.value.code == 0 and "usage: medvdm train" in shown()[0]
+
+
+def test_a_run_of_a_name_that_cannot_be_shown(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = run.rename(tmp_path / "胸部")
+    shown = ascii_terminal(monkeypatch)
+    assert main(["evaluate", str(named), "--split", "val", "--draws", "2"]) == 0
+    assert shown()[0].startswith("\\u80f8\\u90e8 at step 12")
+    assert main(["evaluate", str(named), "--split", "val", "--draws", "2", "--json"]) == 0
+    assert json.loads(shown()[0].splitlines()[-1])["run"] == "胸部"
+
+
 # What is printed, and the exit codes
 
 
@@ -570,6 +614,31 @@ def test_exit_codes(
     assert err.startswith("medvdm: ") and len(err.splitlines()) == 1 and "wrong" in err and not out
     if isinstance(problem, OSError) and problem.filename:
         assert "/some/file" in err
+
+
+@pytest.mark.parametrize("words", [("--out", "x"), ("--out=x",)])
+def test_a_full_disk_is_named_by_where_the_command_writes(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A write, unlike opening a file, does not say where."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fit, "fit", fail)
+    assert main(["train", *words]) == 2
+    line = "medvdm: x: No space left on device; expected a place that can be written\n"
+    assert capfd.readouterr().err == line
+
+
+def test_the_manual_has_every_exit_code() -> None:
+    text = (ROOT / "book" / "cli.md").read_text(encoding="utf-8").split("\n## Errors and exit codes\n")[1]
+    cells = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", text, re.M)
+    listed = {int(code): meaning for codes, meaning in cells for code in codes.split(",")}
+    assert set(listed) == {0, 1, 2, 130, 141, 143}
+    kinds = [vars(errors)[name] for name in dir(errors) if name.endswith("Error") and name != "StoppedError"]
+    assert len(kinds) > 5 and {kind.exit_code for kind in kinds} <= set(listed)
+    assert "diverged" in listed[errors.DivergedError.exit_code]
 
 
 def test_ctrl_c_before_training_is_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
