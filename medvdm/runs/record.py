@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import asdict
 from typing import Any
 
-from medvdm.data import ImageData
+from medvdm.data import ImageData, Reading
 from medvdm.training.devices import describe
 
 
@@ -41,6 +40,16 @@ def data_record(data: ImageData) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "image_shape": list(data.image_shape),
         "fingerprint": data.fingerprint(),
-        "reading": None if data.reading is None else asdict(data.reading),
+        "reading": None if data.reading is None else _reading(data.reading),
         "notes": [*data.notes, *data.check_splits()],
+    }
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    return {
+        "seen": reading.seen,
+        "read": reading.read,
+        "skipped": dict(reading.skipped),
+        "stored_range": None if reading.stored_range is None else list(reading.stored_range),
+        "guessed": list(reading.guessed),
     }

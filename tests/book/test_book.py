@@ -24,6 +24,7 @@ sys.path.insert(0, str(BOOK / "_tools"))
 import notebooks  # noqa: E402
 import record  # noqa: E402
 
+from medvdm.data import load  # noqa: E402
 from medvdm.runs import config as config_  # noqa: E402
 
 CHAPTERS = notebooks.chapters()
@@ -262,6 +263,17 @@ def test_twenty_steps_on_the_phantom_give_the_losses_of_the_record(path):
     assert {**again, "vlb_bpd": None} == {**entry["phantom"], "vlb_bpd": None}
     # Another processor or optimisation level changes the last digits, and 20 steps at warm-up amplify them little.
     np.testing.assert_allclose(again["vlb_bpd"], entry["phantom"]["vlb_bpd"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("source", ["phantom", "nih"])
+def test_the_data_of_the_records_are_the_data_of_today(source, request):
+    entries = [entry for entry in map(entry_of, RECORDS) if entry.get("data", {}).get("name") == source]
+    settings = [config_.from_json(entry["config"], where=entry["name"]).data for entry in entries]
+    assert len(set(settings)) == 1
+    if source == "nih":
+        folder = request.getfixturevalue("real_data") / "nih-chestxray8-256"
+        settings[0] = dataclasses.replace(settings[0], data_dir=str(folder))
+    assert {entry["data"]["fingerprint"] for entry in entries} == {load(settings[0]).fingerprint()}
 
 
 @pytest.mark.parametrize(

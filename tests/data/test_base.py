@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from typing import Any
 
@@ -220,8 +221,9 @@ def test_the_record_says_what_was_read_and_what_is_wrong():
     record = data_record(made(patients=["ANON"] * N))
     assert record["counts"]["train"] == {"images": 60, "patients": 1}
     assert record["reading"] == {
-        "seen": 60, "read": 60, "skipped": {}, "stored_range": (0.0, 1.0), "guessed": (),
+        "seen": 60, "read": 60, "skipped": {}, "stored_range": [0.0, 1.0], "guessed": [],
     }  # fmt: skip
     assert any("one patient" in note for note in record["notes"])
+    assert json.loads(json.dumps(record)) == record
     assert record["fingerprint"] == made(patients=["ANON"] * N).fingerprint()
     assert data_record(dataclasses.replace(made(), reading=None))["reading"] is None
