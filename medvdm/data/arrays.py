@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from medvdm.data.base import ImageData, Reading, check_class_names, check_multi_hot, meaning, split_of_patient
+from medvdm.data.base import (
+    ImageData,
+    Reading,
+    check_class_names,
+    check_multi_hot,
+    meaning,
+    says_nothing,
+    split_of_patient,
+)
 from medvdm.errors import InputError, InputTypeError, nearest
 from medvdm.images import as_unit_float, channels_last
 
+_NUMBER = re.compile(r"(\d+)(\.0*)?")
 DARK = 0.25  # below this share of the range, the brightest pixel of all images is worth a note
 
 
@@ -49,14 +59,14 @@ def from_arrays(
             NaN; a patient that is blank; two spellings of one patient; shapes that do not fit together.
         DataError: a patient in two splits.
     """
-    images = channels_last(_as_array(images, "images"), "images")
+    given = _as_array(images, "images")
+    images = channels_last(given, "images")
     if images.dtype == np.uint8:  # kept as it is, a quarter of the memory, and scaled when read
         images = images.copy() if images.flags.writeable else images
         low, high = int(images.min()) / 255, int(images.max()) / 255
     else:
-        given = images
         images = as_unit_float(images)
-        images = images.copy() if images is given and images.flags.writeable else images
+        images = images.copy() if np.may_share_memory(images, given) and images.flags.writeable else images
         low, high = float(images.min()), float(images.max())
     n = len(images)
     multi_hot, names, notes = _labels(labels, n, class_names)
@@ -64,15 +74,16 @@ def from_arrays(
         who = np.array([str(i) for i in range(n)])
         notes.append("no patients given: every image counts as a patient of its own")
     else:
-        who = _patients(patients, n)
+        who, patient_notes = _patients(patients, n)
+        notes += patient_notes
     where = np.array([split_of_patient(p) for p in who]) if splits is None else _splits(splits, n)
     if high < DARK:
         notes.append(
             f"dark: the brightest pixel of all images is {high:.3g} of white; were they scaled by the right number?"
         )
-    guessed = ()
-    if n == 3 and images.shape[-1] == 1 and len(labels if labels is not None else ()) == 0:
-        guessed = ("3 arrays without labels were taken as three gray images, not as the channels of one",)
+    guessed = ("3 arrays without labels are three gray images, not the channels of one",)
+    if given.ndim == 4 or n != 3 or labels is not None:
+        guessed = ()
     return ImageData(
         name=name,
         origin=origin,
@@ -109,8 +120,9 @@ def _as_array(values: Any, what: str) -> np.ndarray:
 def _labels(labels: Any, n: int, class_names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
     """uint8 (N, K), the K names and what to note."""
     if class_names is not None:
+        class_names = tuple(_in_order(class_names, "class_names"))
         check_class_names(class_names)
-        class_names = tuple(str(name) for name in class_names)
+        class_names = tuple(map(str, class_names))
     if labels is None:
         if class_names is not None and len(class_names) != 1:
             raise InputError(f"class_names: {len(class_names)} without labels; expected labels, or one name")
@@ -157,9 +169,9 @@ def _without_objects(array: np.ndarray) -> np.ndarray:
 def _one_class_each(labels: np.ndarray, class_names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Multi-hot from (N,) indices or names of classes."""
     if labels.dtype.kind == "U":
-        blank = np.flatnonzero(np.char.strip(labels) == "")
-        if blank.size:
-            raise InputError(f"labels: '' at {int(blank[0])}; expected the name of a class")
+        blank = next((i for i, label in enumerate(labels.tolist()) if says_nothing(label)), None)
+        if blank is not None:
+            raise InputError(f"labels: '{labels[blank]}' at {blank}; expected the name of a class")
         names = class_names if class_names is not None else tuple(np.unique(labels).tolist())
         unknown = [label for label in labels.tolist() if label not in set(names)] if class_names is not None else []
         if unknown:
@@ -218,9 +230,11 @@ def _multi_hot(labels: np.ndarray, class_names: tuple[str, ...] | None) -> tuple
 
 
 def _is_blank(value: Any) -> bool:
-    """None, NaN, NaT, pandas' NA, or a string of spaces."""
-    if value is None or (isinstance(value, (str, bytes)) and not value.strip()):
-        return True
+    """None, NaN, NaT, pandas' NA, or a text that says nothing."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="backslashreplace")
+    if value is None or isinstance(value, str):
+        return value is None or says_nothing(value)
     try:
         return bool(value != value)
     except TypeError:  # pandas.NA has no truth value
@@ -228,9 +242,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _column(values: Any, n: int, what: str) -> list[Any]:
-    if isinstance(values, (str, bytes)):
-        raise InputTypeError(f"{what}: the string {values!r}; expected one entry per image")
-    array = _as_array(values if hasattr(values, "__array__") else _objects(values), what)
+    array = _as_array(values if hasattr(values, "__array__") else _objects(_in_order(values, what)), what)
     if array.shape != (n,):
         raise InputError(f"{what}: shape {array.shape}; expected ({n},), one per image")
     entries = array.tolist()
@@ -240,29 +252,45 @@ def _column(values: Any, n: int, what: str) -> list[Any]:
     return entries
 
 
-def _objects(values: Any) -> np.ndarray:
+def _in_order(values: Any, what: str) -> list[Any]:
+    """The entries of a sequence; raises InputTypeError for a string, for one thing, and for what has no order."""
+    kind = f"the string '{values}'" if isinstance(values, str) else f"a {type(values).__name__}"
+    if isinstance(values, (str, bytes, Set, Mapping)) or not isinstance(values, Iterable):
+        raise InputTypeError(f"{what}: {kind}; expected a sequence, such as a list")
+    return list(values)
+
+
+def _objects(entries: Sequence[Any]) -> np.ndarray:
     """A 1-D array of the entries as they are: numpy would make text of [1, '1', None]."""
-    entries = list(values)
     array = np.empty(len(entries), object)
     array[:] = entries
     return array
 
 
-def _patients(patients: Any, n: int) -> np.ndarray:
-    """Patients as text without spaces around it; refuses what may be one person under two names."""
+def _patients(patients: Any, n: int) -> tuple[np.ndarray, list[str]]:
+    """Patients as text without spaces around it, and notes; refuses a number that is written in two ways."""
     entries = []
     for i, value in enumerate(_column(patients, n, "patients")):
         if isinstance(value, bytes):
             value = value.decode(errors="backslashreplace")
         if isinstance(value, bool) or not isinstance(value, (int, np.integer, str)):
             raise InputTypeError(f"patients: {value!r} at {i}; expected strings or whole numbers")
-        entries.append(str(value).strip())
-    spelled: dict[str, str] = {}
-    for entry in entries:
-        plain = entry.lstrip("0") if entry.isdigit() else entry
-        if spelled.setdefault(plain, entry) != entry:
-            raise InputError(f"patients: '{spelled[plain]}' and '{entry}'; expected one spelling of one person")
-    return np.array(entries)
+        text = str(value).strip()
+        if text.casefold() in ("none", "null"):
+            raise InputError(f"patients: '{text}' at {i}; expected one per image, none of them blank")
+        entries.append(text)
+    numbers: dict[int, str] = {}
+    folded: dict[str, str] = {}
+    notes = []
+    for person in dict.fromkeys(entries):
+        number = _NUMBER.fullmatch(person)
+        if number is not None and numbers.setdefault(int(number[1]), person) != person:
+            first = numbers[int(number[1])]
+            raise InputError(f"patients: '{first}' and '{person}'; expected one spelling of one person")
+        first = folded.setdefault(person.casefold(), person)
+        if first != person and not notes:
+            notes.append(f"patients that differ only in case count as two: '{first}' and '{person}'")
+    return np.array(entries), notes
 
 
 def _splits(splits: Any, n: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from medvdm.errors import DataError, InputError, InputTypeError, nearest
 
 SPLITS = ("train", "val", "test")
 _SPLIT_LIST = "'train', 'val' or 'test'"
+_BLANK = ("", "nan", "<na>", "nat")  # what libraries for tables write for a cell that says nothing
 
 
 def split_of_patient(patient: str) -> str:
@@ -121,10 +122,11 @@ class ImageData:
         unknown = set(np.unique(self.splits)) - set(SPLITS)
         if unknown:
             raise InputError(f"splits: {', '.join(map(repr, sorted(map(str, unknown))))}; expected {_SPLIT_LIST}")
-        nameless = np.flatnonzero(np.char.strip(self.patients) == "")
-        if nameless.size:
-            raise DataError(f"patients: '' for {self.ids[nameless[0]]}; expected a name of the patient")
-        _, first, patient = np.unique(self.patients, return_index=True, return_inverse=True)
+        people, first, patient = np.unique(self.patients, return_index=True, return_inverse=True)
+        nameless = [i for i, person in zip(first, people, strict=True) if says_nothing(person)]
+        if nameless:
+            i = nameless[0]
+            raise DataError(f"patients: '{self.patients[i]}' for {self.ids[i]}; expected a name of the patient")
         elsewhere = np.flatnonzero(self.splits != self.splits[first][patient])
         if elsewhere.size:
             i = elsewhere[0]
@@ -224,22 +226,25 @@ class ImageData:
         return h.hexdigest()[:16]
 
 
+def says_nothing(text: str) -> bool:
+    """Whether a name is blank, or what is left of a blank cell of a table that was turned into text ('nan')."""
+    return text.strip().casefold() in _BLANK
+
+
 def check_class_names(names: Sequence[str]) -> None:
-    """Refuse class names that are no text, empty, or the same but for case and spaces.
+    """Refuse class names that are no text, blank, or the same but for case and spaces.
 
     Raises:
-        InputTypeError: a name that is no string, or one string in place of a sequence of them.
-        InputError: no name, an empty one, or two that a reader would take for one.
+        InputTypeError: a name that is no string.
+        InputError: no name, a blank one, or two that a reader would take for one.
     """
-    if isinstance(names, str):
-        raise InputTypeError(f"class_names: the string '{names}'; expected a sequence of strings")
     spelled: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str):
             raise InputTypeError(f"class_names: {name!r}; expected strings")
         plain = "".join(name.split()).casefold()
-        if not plain:
-            raise InputError(f"class_names: '{name}'; expected a name that is not empty")
+        if says_nothing(name):
+            raise InputError(f"class_names: '{name}'; expected a name that is not blank")
         if plain in spelled:
             raise InputError(f"class_names: '{spelled[plain]}' and '{name}'; expected names that differ in letters")
         spelled[plain] = name

@@ -88,8 +88,9 @@ def test_dark_images_are_noted():
 
 
 def test_three_gray_images_or_one_with_three_channels():
-    assert "not as the channels of one" in from_arrays(IMAGES[:3]).reading.guessed[0]
+    assert "not the channels of one" in from_arrays(IMAGES[:3]).reading.guessed[0]
     assert from_arrays(IMAGES[:3], [0, 1, 1]).reading.guessed == ()  # three labels: three images
+    assert from_arrays(IMAGES[:3, ..., None]).reading.guessed == ()
     assert from_arrays(IMAGES[:4]).reading.guessed == ()
 
 
@@ -191,6 +192,8 @@ def with_(value: Any, dtype: Any = float) -> np.ndarray:
     ([1, 2, 3, 1, 2, 3], ("none of 0",)),
     (["a", "b", "", "a", "b", "a"], ("'' at 2",)),
     (["a", "b", None, "a", "b", "a"], ("None at 2",)),
+    (np.array(["a", "b", "nan", "a", "b", "a"]), ("'nan' at 2",)),
+    (np.array(["a", "b", "<NA>", "a", "b", "a"]), ("'<NA>' at 2",)),
     (["a", "b", float("nan"), "a", "b", "a"], ("nan at 2",) ),
     (np.ma.masked_equal(INDEX, 2), ("2 masked",)),
     ([[0], [0, 1], [1], [], [0], [1]], ("different lengths",)),
@@ -228,7 +231,7 @@ def test_labels_and_class_names_fit():
     refused(InputTypeError, "the string 'abc'", labels=HOT, class_names="abc")
     refused(InputTypeError, "1; expected strings", labels=HOT, class_names=[1, 2, 3])
     refused(InputTypeError, "None; expected strings", labels=HOT, class_names=["a", None, "c"])
-    refused(InputError, "not empty", labels=HOT, class_names=["a", " ", "c"])
+    refused(InputError, "not blank", labels=HOT, class_names=["a", " ", "c"])
     refused(InputError, "'a' and 'A '", labels=HOT, class_names=["a", "A ", "c"])
 
 
@@ -252,6 +255,11 @@ def test_patients_are_text(patients):
     (InputError, np.array([1, 2, 3, 4, 5, np.nan]), ("nan at 5",)),
     (InputError, ["01", "1", "2", "3", "4", "5"], ("'01' and '1'", "one spelling")),
     (InputError, ["01", 1, 2, 3, 4, 5], ("'01' and '1'",)),
+    (InputError, ["7", "7.0", "2", "3", "4", "5"], ("'7' and '7.0'", "one spelling")),
+    (InputError, np.array(["a", "nan", "2", "3", "4", "5"]), ("'nan' at 1",)),
+    (InputError, [b"a", b" ", "2", "3", "4", "5"], ("b' ' at 1",)),
+    (InputError, ["None", "1", "2", "3", "4", "5"], ("'None' at 0",)),
+    (InputError, np.array([1, 2, 3, 4, 5, "NaT"], "datetime64[D]"), ("at 5",)),
     (InputError, ["a"] * 5, ("(5,)", "(6,)")),
     (InputTypeError, [["a"]] * 6, ("['a'] at 0",)),
     (InputError, np.array([["a"]] * 6), ("(6, 1)", "one per image")),
@@ -262,6 +270,11 @@ def test_patients_are_text(patients):
 ])  # fmt: skip
 def test_patients_that_are_not_sure(kind, patients, words):
     refused(kind, "patients", *words, patients=patients)
+
+
+def test_patients_that_differ_in_case_are_noted():
+    data = from_arrays(IMAGES, patients=["p1", "P1", "p2", "P2", "p3", "p1"])
+    assert len(set(data.patients)) == 5 and any("'p1' and 'P1'" in note for note in data.notes)
 
 
 def test_patients_unknown_is_noted():
@@ -280,8 +293,18 @@ def test_splits_that_are_not_sure(splits, words):
     refused(InputError, "splits", *words, splits=splits)
 
 
-def test_splits_as_one_string():
-    refused(InputTypeError, "the string 'train'", splits="train")
+@pytest.mark.parametrize("what", ["class_names", "patients", "splits"])
+@pytest.mark.parametrize(("value", "words"), [
+    ("train", "the string 'train'"), (3, "a int"), ({"b": 1, "a": 0}, "a dict"), ({"a", "b"}, "a set"), (b"a", "a bytes"),
+])  # fmt: skip
+def test_what_has_no_order_is_refused(what, value, words):
+    """{'b': 1, 'a': 0} is torchvision's class_to_idx: in the order of its keys, the names would be swapped."""
+    refused(InputTypeError, what, words, "a sequence", labels=INDEX, **{what: value})
+
+
+def test_sequences_of_any_kind():
+    data = from_arrays(IMAGES, INDEX, class_names=(c for c in "abc"), patients=(i for i in range(N)))
+    assert data.class_names == ("a", "b", "c") and data.patients.tolist() == list("012345")
 
 
 def test_a_patient_in_two_splits():
