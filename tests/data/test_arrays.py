@@ -295,7 +295,7 @@ def test_splits_that_are_not_sure(splits, words):
 
 @pytest.mark.parametrize("what", ["class_names", "patients", "splits"])
 @pytest.mark.parametrize(("value", "words"), [
-    ("train", "the string 'train'"), (3, "a int"), ({"b": 1, "a": 0}, "a dict"), ({"a", "b"}, "a set"), (b"a", "a bytes"),
+    ("train", "the string 'train'"), (3, "a int"), ({"b": 1, "a": 0}, "a dict"), ({"a"}, "a set"), (b"a", "a bytes"),
 ])  # fmt: skip
 def test_what_has_no_order_is_refused(what, value, words):
     """{'b': 1, 'a': 0} is torchvision's class_to_idx: in the order of its keys, the names would be swapped."""
