@@ -50,9 +50,9 @@ class DataConfig:
     patient_pattern: str | None = None
     """Regular expression with one group, searched in the relative path, that gives the patient (folder only)."""
     window: str = "full"
-    """Stored values that become black and white (folder only), as LOW,HIGH (in Hounsfield units for CT, with an equals
-    sign before a minus), or data or percentile (least and greatest value, or percentiles 0.1 and 99.9, of the training
-    images), or full, which is each file's own range."""
+    """Stored values that become black and white (folder only), as LOW,HIGH (in Hounsfield units for CT), or data or
+    percentile (least and greatest value, or percentiles 0.1 and 99.9, of the training images), or full, which is each
+    file's own range."""
 
 
 def names() -> tuple[str, ...]:

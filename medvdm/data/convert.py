@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import threading
 import warnings
 import zlib
@@ -244,7 +245,7 @@ class _Quiet:
             if self._inside == 0:
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
-                warnings.filterwarnings("ignore", module=r"(PIL|pydicom|gdcm)(\.|$)")
+                warnings.filterwarnings("ignore", module=r"(PIL|pydicom)(\.|$)")
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -287,7 +288,7 @@ def _opened(file: BinaryIO, path: Path) -> Iterator[Image.Image]:
 
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # set by some other library: truncated files would read as half gray
         raise InputError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES: True; expected False, or damaged files go unnoticed")
-    _silence_libtiff()
+    _silence_pil()
     file.seek(0)
     # From a file object, not a path: with a path PIL maps uncompressed TIFF into memory, and then scrambles an image
     # whose orientation tag swaps width and height (Pillow 13.0).
@@ -325,11 +326,12 @@ def _subfile_type(image: Image.Image, page: int) -> int:
 
 
 @cache
-def _silence_libtiff() -> None:
-    """Stop libtiff from printing on standard error; PIL raises an exception all the same.
+def _silence_pil() -> None:
+    """Stop PIL's log and its libtiff from printing on standard error; PIL raises an exception all the same.
 
-    PIL has no switch for it. Where its libtiff cannot be reached, the line is printed.
+    PIL has no switch for libtiff. Where its libtiff cannot be reached, the line is printed.
     """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # without any handler, logging prints
     from PIL import _imaging
 
     try:

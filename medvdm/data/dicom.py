@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from medvdm.data.stored import MAX_PIXELS, Header, NoImageError, Stored
-from medvdm.errors import DataError, MissingPackageError
+from medvdm.errors import DataError, MedvdmError, MissingPackageError
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 
@@ -46,6 +46,16 @@ _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _PROJECTIONS = ("CR", "DX", "DR", "RG", "MG", "XA", "RF", "OT", "")
 _INSTALL = "pip install 'medvdm[dicom]'"
+# Transfer syntaxes that pydicom decodes itself, or with Pillow.
+_RLE, _JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50"
+#: Functions of imagecodecs by transfer syntax. Of the decoders that pydicom knows for these, gdcm ends the process at
+#: some damaged files, and pylibjpeg's for JPEG is under the GPL.
+_CODECS = {
+    "1.2.840.10008.1.2.4.51": "jpeg_decode",
+    **dict.fromkeys(("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"), "jpeg_decode"),
+    **dict.fromkeys(("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"), "jpegls_decode"),
+    **dict.fromkeys(("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"), "jpeg2k_decode"),
+}
 
 
 def header(path: Path) -> Header:
@@ -126,17 +136,23 @@ def _unit(dataset: Any, path: Path) -> str:
 
 
 def _check_syntax(dataset: Any, path: Path) -> None:
-    from pydicom.pixels import get_decoder
-
     syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     if syntax is None:
         raise DataError(f"{path}: found no TransferSyntaxUID; expected one, which says how the pixels are stored")
+    if syntax.is_encapsulated and syntax not in (_RLE, _JPEG, *_CODECS):
+        raise DataError(f"{path}: found pixels stored as {syntax.name}; expected RLE, JPEG, JPEG-LS or JPEG 2000")
+    if syntax in _CODECS:
+        _codec(dataset, path)
+
+
+def _codec(dataset: Any, path: Path) -> Any:
+    """The decoder of a compressed file."""
     try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise DataError(f"{path}: found pixels stored as {syntax.name}; expected one picture, not a video") from None
-    if not decoder.is_available:
-        raise MissingPackageError(f"{path}: no decoder for its compression; {_INSTALL} ({syntax.name})")
+        import imagecodecs
+    except ImportError:
+        name = dataset.file_meta.TransferSyntaxUID.name
+        raise MissingPackageError(f"{path}: no decoder for its compression; {_INSTALL} ({name})") from None
+    return getattr(imagecodecs, _CODECS[dataset.file_meta.TransferSyntaxUID])
 
 
 def _check_bits(dataset: Any, path: Path) -> None:
@@ -243,25 +259,40 @@ def _spacing(dataset: Any) -> Any:
 
 
 def _decoded(dataset: Any, path: Path, **options: Any) -> np.ndarray:
-    from pydicom.pixels import get_decoder, pixel_array
+    """Pixels as they are stored, (Rows, Columns) or (Rows, Columns, 3); ``options`` are for pydicom."""
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated and "422" not in str(dataset.PhotometricInterpretation):
-        bits = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1))
-        expected = -(-bits * int(dataset.BitsAllocated) // 8)
-        if len(dataset.PixelData) not in (expected, expected + expected % 2):
-            raise DataError(
-                f"{path}: found {len(dataset.PixelData)} bytes of PixelData; expected {expected}, for "
-                f"{dataset.Columns} x {dataset.Rows} pixels of BitsAllocated {dataset.BitsAllocated}"
-            )
-    try:
+    if not syntax.is_encapsulated:
+        _check_length(dataset, path)
         return pixel_array(dataset, **options)
+    try:
+        if syntax in _CODECS:
+            pixels = _codec(dataset, path)(get_frame(dataset.PixelData, 0, number_of_frames=1))
+        else:
+            pixels = pixel_array(dataset, decoding_plugin="pydicom" if syntax == _RLE else "pillow", **options)
+    except MedvdmError:
+        raise
     except Exception as problem:
-        if not syntax.is_encapsulated:
-            raise
-        lacking = "" if "gdcm" in get_decoder(syntax).available_plugins else f"; if it is intact, {_INSTALL}"
-        reason = " ".join(str(problem).split())[-100:]
-        raise DataError(f"{path}: found pixels that do not decode as {syntax.name}{lacking} ({reason})") from None
+        reason = " ".join(str(problem).split())[-200:] or type(problem).__name__
+        raise DataError(f"{path}: found pixels that do not decode as {syntax.name} ({reason})") from None
+    expected = (int(dataset.Rows), int(dataset.Columns), 3)[: 3 if int(dataset.get("SamplesPerPixel", 1)) == 3 else 2]
+    if pixels.shape != expected:
+        raise DataError(f"{path}: found compressed pixels of shape {pixels.shape}; expected {expected}, as its header")
+    return pixels
+
+
+def _check_length(dataset: Any, path: Path) -> None:
+    if "422" in str(dataset.PhotometricInterpretation):
+        return  # fewer bytes; pydicom checks them
+    values = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1))
+    expected = -(-values * int(dataset.BitsAllocated) // 8)
+    if len(dataset.PixelData) not in (expected, expected + expected % 2):
+        raise DataError(
+            f"{path}: found {len(dataset.PixelData)} bytes of PixelData; expected {expected}, for "
+            f"{dataset.Columns} x {dataset.Rows} pixels of BitsAllocated {dataset.BitsAllocated}"
+        )
 
 
 def _luminance(dataset: Any, path: Path) -> np.ndarray:
@@ -279,9 +310,10 @@ def _type_range(dataset: Any) -> tuple[int, int]:
 def _words(dataset: Any, path: Path) -> np.ndarray:
     """Stored integers as int64 of shape (Rows, Columns), after HighBit, BitsStored and PixelRepresentation."""
     array = _decoded(dataset, path, raw=True, correct_unused_bits=False)
-    allocated, bits, top = array.dtype.itemsize * 8, int(dataset.BitsStored), int(dataset.HighBit)
-    words = array.astype(array.dtype.newbyteorder("=")).view(f"u{array.dtype.itemsize}").astype(np.int64)
-    words &= ~np.int64(_overlay_bits(dataset))
+    allocated, bits, top = int(dataset.BitsAllocated), int(dataset.BitsStored), int(dataset.HighBit)
+    if array.dtype.kind not in "iu":
+        raise DataError(f"{path}: found pixels of type {array.dtype}; expected integers")
+    words = array.astype(np.int64) & ((1 << allocated) - 1) & ~_overlay_bits(dataset)
     shift = top + 1 - bits
     if shift and (words & ((1 << shift) - 1)).any():
         raise DataError(f"{path}: found values with bits below HighBit {top}, BitsStored {bits}; expected none")

@@ -148,7 +148,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_images": 77,
     "data_seed": 5,
     "patient_pattern": "(p[0-9]+)",
-    "window": "0,4095",
+    "window": "-1000,400",
     "timesteps": 11,
     "gamma_min": -7.5,
     "gamma_max": 6.5,
