@@ -459,6 +459,47 @@ def test_the_contract_of_the_readme_is_what_the_parser_takes() -> None:
                 assert tuple(chosen["--preset"]) == PRESETS
 
 
+def helped(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The help of a command, without its boxes and line breaks."""
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--help"])
+    assert stop.value.code == 0
+    return " ".join("".join(" " if "\u2500" <= c <= "\u259f" else c for c in capsys.readouterr().out).split())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_help_of_train_shows_the_defaults_of_the_preset(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")  # one box below the other
+    text = helped(capsys, "train", "--preset", name)
+    assert f"those of the preset {name}." in text
+    parts = re.split(r"\((?:default: ([^)]*)|required)\)", text.split("and exit", 1)[1])
+    shown = {}
+    for words, default in zip(parts[::2], parts[1::2], strict=False):
+        if found := re.search(r"--[a-z][\w-]*", words):
+            shown.setdefault(found[0], default)
+    assert shown.pop("--out") is None, "required"
+    for option, value in options_of("train", name).items():
+        assert option == "--out" or shown[option] in (str(value), "none"), option
+
+
+def test_the_help_says_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(r"--out FOLDER Folder of the run\. \(required\)", helped(capsys, "train"))
+    assert re.search(
+        r"--out FILE File to write[^()]*\([^()]*\)[^()]*\([^()]*\)\. \(required\)", helped(capsys, "sample")
+    )
+    for command in ("evaluate", "sample", "audit"):
+        text = helped(capsys, command)
+        assert "RUN Folder of the run. (required)" in text and text.split("Folder")[0].count("STR") == 0
+        assert f"usage: medvdm {command} [-h] [OPTIONS] RUN" in text
+
+
+def test_the_help_of_a_resumed_run_shows_its_own_settings(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    text = helped(capsys, "train", "--out", str(trained.path), "--resume")
+    assert "Dimensions of the latent. (default: 4)" in text
+
+
 @pytest.mark.parametrize("page", ["README.md", "book/cli.md"])
 def test_every_command_on_the_page_can_be_read(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n>", "").replace("\\\n", "")
