@@ -384,7 +384,16 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     for title, key, unit, show in _ROWS:
         if any(key in e for e in evaluations):
             rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
-    return f"## Results\n\n{_table(head, rows, left=2)}{left_out}\n\n{_MEANING}"
+    own = set(data.get("notes") or ())
+    notes = [
+        f"Of {_inline(e.get('data'))}: {_inline(note)}"
+        for e in evaluations
+        if e.get("own_data") is False
+        for note in e.get("notes") or ()
+        if note not in own
+    ]
+    about = "".join(f"\n{line}" for line in ["", _bullets(dict.fromkeys(notes))] if notes)
+    return f"## Results\n\n{_table(head, rows, left=2)}{about}{left_out}\n\n{_MEANING}"
 
 
 def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:

@@ -210,6 +210,16 @@ def test_every_evaluation_has_a_column_of_its_own() -> None:
     assert "| val, raw weights, labels withheld, step 2,000 | test, of other data: nih |" in card
 
 
+def test_the_notes_of_other_data_stand_below_their_results() -> None:
+    record = record_of()
+    other = {**EVALUATION, "data": "nih", "own_data": False, "notes": ["brought to 64x64", "12 files skipped"]}
+    record["evaluations"] += [other, {**other, "split": "val"}]
+    text = section(model_card.model_card(record), "Results")
+    assert text.count("- Of nih: brought to 64x64\n- Of nih: 12 files skipped\n") == 1
+    record["evaluations"] = record["evaluations"][:1]
+    assert "Of " not in section(model_card.model_card(record), "Results").split("###")[0]
+
+
 @pytest.mark.parametrize("evaluations", [[], None, "absent"])
 def test_card_of_a_run_without_evaluation_says_so(evaluations) -> None:
     record = record_of()
