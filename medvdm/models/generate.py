@@ -26,7 +26,7 @@ class Generated(NamedTuple):
 
     Attributes:
         images: (n, h, w, c) Bernoulli means in [0, 1].
-        latents: (k, n, *latent_shape) latents at the times below, the last of them z_0.
+        latents: ``(k, n, *latent_shape)`` latents at the times below, the last of them z_0.
         states: (k, n, h, w, c) each latent shown by the decoder as if it were z_0, for figures.
         times: (k,) the time t of each latent, falling to 0.
     """
@@ -59,7 +59,7 @@ def generate(
         graph, params: the model, from :func:`medvdm.models.vdm.split`.
         labels: (num, k) multi-hot; None draws from the null.
         guidance: w; 0 is the model itself.
-        z: (num, *latent_shape) latents to start from instead of N(0, I), at t = ``first / steps``.
+        z: ``(num, *latent_shape)`` latents to start from instead of N(0, I), at t = ``first / steps``.
         first: the step to start from; ``steps`` if None.
         num_states: how many evenly spaced states to return.
         batch_size: samples drawn at once.

@@ -134,7 +134,7 @@ def load_data(
     Raises:
         InputError: another image size than the run's, images that cannot be brought to it, or data that were given
             from Python.
-        as :func:`medvdm.data.load`.
+        MedvdmError: as :func:`medvdm.data.load`.
     """
     settings = run.config.data
     height, width, _ = run.config.model.image_shape

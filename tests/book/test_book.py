@@ -1,6 +1,7 @@
 """The chapters as they are stored: fresh, complete, and in the form that readers are promised."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -92,6 +93,22 @@ def test_chapters_have_outputs_that_nbval_compares():
     for name in NUMBERED:
         nb = nbformat.read(BOOK / f"{name}.ipynb", 4)
         assert any("nbval-check-output" in c.metadata.get("tags", []) for c in nb.cells), name
+
+
+def test_the_api_describes_every_module_once_and_its_references_exist():
+    page = (BOOK / "api.md").read_text("utf8")
+    described = re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE)
+    library = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in (ROOT / "medvdm").rglob("*.py")
+        if p.name != "__main__.py" and (p.name != "__init__.py" or p.parent.name == "data")
+    }
+    assert len(described) == len(set(described)) and set(described) == library
+    for path in [*BOOK.glob("*.md"), *(BOOK / "text").glob("*.md")]:
+        for target in re.findall(r"\{py:\w+\}`~?([\w.]+)`", path.read_text("utf8")):
+            home, name = target.rsplit(".", 1)
+            assert hasattr(importlib.import_module(home), name), f"{path.name}: {target}"
+            assert home == "medvdm.data" or getattr(importlib.import_module(home), name).__module__ == home, target
 
 
 # --- The tool --------------------------------------------------------------------------------------------------------
