@@ -8,7 +8,7 @@ The rules, so that a reader can tell what a pixel means:
 - 32-bit float TIFF: must already lie in [0, 1]. Other integers have no known range: refused without a window.
 - A window (low, high) replaces those ranges: low becomes 0, high becomes 1, what lies beyond is clipped.
 - Colour, palette, CMYK: to RGB, then Rec. 601 luminance rounded to 8 bits (R = G = B gives that value exactly).
-- Transparency: composited on black, as a display would do on a black background.
+- Transparency: composited on black, as a display would do on a black background; all of it transparent: refused.
 - White-is-zero TIFF and MONOCHROME1 DICOM are inverted: large values are bright everywhere.
 - EXIF/TIFF orientation is applied; nothing else turns or flips an image.
 - DICOM: values in the modality's units over the range that BitsStored could hold, so that of slope and intercept
@@ -268,7 +268,7 @@ _DEFLATE = (8, 32946)
 
 
 def _kind(start: bytes, path: Path) -> str | None:
-    if start[128:132] == b"DICM" or path.suffix.lower() in dicom.SUFFIXES:
+    if dicom.is_dicom(start) or path.suffix.lower() in dicom.SUFFIXES:
         return "DICOM"
     if start.startswith(_PNG):
         return "PNG"
@@ -401,7 +401,7 @@ def _pil_stored(image: Image.Image, path: Path) -> Stored:
             np.array(image.convert("L")), 0, 255
         )  # PIL has already inverted white-is-zero at 8 bits and below
     if image.mode in ("1", "L", *_COLOUR_MODES):
-        return Stored(_luminance(image), 0, 255)
+        return Stored(_luminance(image, path), 0, 255)
     if image.mode.startswith("I;16") or (image.mode == "I" and not is_tiff):  # 'I': PNG in older versions of PIL
         return Stored(np.asarray(image).astype(np.int32), 0, 2**bits - 1, white_is_zero)
     if image.mode == "F":
@@ -414,11 +414,13 @@ def _pil_stored(image: Image.Image, path: Path) -> Stored:
     raise DataError(f"{path}: found pixels of kind '{image.mode}'; {_EXPECTED} of 1 to 16 bits, or float in [0, 1]")
 
 
-def _luminance(image: Image.Image) -> np.ndarray:
+def _luminance(image: Image.Image, path: Path) -> np.ndarray:
     """Rec. 601 luminance (0.299 R + 0.587 G + 0.114 B) rounded to uint8, transparency composited on black."""
     from PIL import Image
 
     if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if image.getextrema()[3] == (0, 0):  # a writer that left alpha empty: black would be nobody's intent
+            raise DataError(f"{path}: found a picture that is transparent everywhere; expected one to be seen")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return np.array(image.convert("RGB").convert("L"))

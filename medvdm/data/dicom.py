@@ -58,6 +58,16 @@ _CODECS = {
 }
 
 
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these 132 bytes is DICOM, with its preamble or without."""
+    return start[128:132] == b"DICM" or _is_bare(start)
+
+
+def _is_bare(start: bytes) -> bool:
+    """Whether a file begins with an element of group 2 or 8, as old DICOM files without a preamble do."""
+    return start[:2] in (b"\x02\0", b"\x08\0") and start[2:4] in (b"\0\0", b"\1\0", b"\5\0", b"\x08\0", b"\x16\0")
+
+
 def header(path: Path) -> Header:
     """The header of a DICOM file, without its pixels.
 
@@ -104,7 +114,9 @@ def _dataset(path: Path, **options: Any) -> Any:
         import pydicom
     except ImportError:
         raise MissingPackageError(f"{path}: a DICOM file needs pydicom, which is not installed; {_INSTALL}") from None
-    return pydicom.dcmread(path, **options)
+    with path.open("rb") as file:
+        bare = _is_bare(file.read(4))
+    return pydicom.dcmread(path, force=bare, **options)
 
 
 def _text(dataset: Any, name: str) -> str:

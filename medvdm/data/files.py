@@ -429,7 +429,9 @@ def _window(
         )
     if not isinstance(asked, str):
         return asked, [f"stored values from {asked[0]:g} to {asked[1]:g} became 0 to 1, those beyond were clipped"]
-    sample = _spread(list(training) or range(len(paths)), WINDOW_SAMPLE)
+    images = "training images" if len(training) else "images"
+    training = list(training) or list(range(len(paths)))
+    sample = _spread(training, WINDOW_SAMPLE)
     grays = threaded(lambda i: _thinned(convert.read_stored(paths[i]).values, asked), sample)
     pooled = np.concatenate(grays)
     low, high = (float(value) for value in np.percentile(pooled, (0, 100) if asked == "data" else PERCENTILES))
@@ -438,8 +440,7 @@ def _window(
     whose = f"{len(sample)} of the {len(training)}" if len(sample) < len(training) else f"the {len(sample)}"
     which = "least and greatest value" if asked == "data" else f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]}"
     return (low, high), [
-        f"stored values from {low:g} to {high:g} became 0 to 1 ({which} of {whose} training images), "
-        "those beyond were clipped"
+        f"stored values from {low:g} to {high:g} became 0 to 1 ({which} of {whose} {images}), those beyond were clipped"
     ]
 
 

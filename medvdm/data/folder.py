@@ -223,7 +223,8 @@ def _check_empty(places: set[_Place], skipped: Mapping[str, str], empty: Iterabl
     lost: dict[Parts, Counter[str]] = {}
     for name, reason in skipped.items():
         owner = PurePosixPath(name).parts[:-1][:depth]
-        if owner not in parents and reason not in (files.HIDDEN, _MASK):
+        named_mask = reason == _MASK and _is_mask(PurePosixPath(*owner, "image"))
+        if owner not in parents and reason != files.HIDDEN and not named_mask:
             lost.setdefault(owner, Counter())[reason] += 1
     for name in empty:
         parts = PurePosixPath(name).parts
@@ -429,7 +430,8 @@ def _patients(
     if pattern is not None:
         patients = [_matched(pattern, name, folder) for name in ids]
         notes.append(f"patients by the pattern {pattern.pattern}: {len(set(patients))}")
-        return patients, notes + _disagreement_notes(patients, stated)
+        return patients, notes + _spelling_notes(set(patients)) + _disagreement_notes(patients, stated)
+    notes += _spelling_notes(known)
     patients = [patient or name for patient, name in zip(stated, ids, strict=True)]
     count = sum(map(bool, stated))
     if count:
@@ -453,6 +455,20 @@ def _matched(pattern: re.Pattern[str], name: str, folder: Path) -> str:
     if match is None or not match[1]:
         raise DataError(f"{folder / name}: patient_pattern '{pattern.pattern}' finds no patient in '{name}'")
     return match[1]
+
+
+def _spelling_notes(patients: set[str]) -> list[str]:
+    """Patients that may be one person under two names."""
+    spelled: dict[str, list[str]] = {}
+    for patient in sorted(patients):
+        spelled.setdefault(re.sub(r"[\W_]", "", patient).casefold().lstrip("0"), []).append(patient)
+    doubtful = [names for names in spelled.values() if len(names) > 1]
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} times patients differ only in case, signs or leading zeros (as '{doubtful[0][0]}' and "
+        f"'{doubtful[0][1]}'): each spelling counts as a person"
+    ]
 
 
 def _disagreement_notes(patients: Sequence[str], stated: Sequence[str]) -> list[str]:

@@ -206,7 +206,7 @@ def test_16_bit_is_scaled_by_65535_and_monotone(tmp_path, values):
 
 
 @quick
-@given(st.tuples(*[st.integers(0, 255)] * 3), st.integers(0, 255))
+@given(st.tuples(*[st.integers(0, 255)] * 3), st.integers(1, 255))
 def test_luminance_and_alpha_on_black(tmp_path, rgb, alpha):
     r, g, b = rgb
     luminance = 0.299 * r + 0.587 * g + 0.114 * b
@@ -218,6 +218,14 @@ def test_luminance_and_alpha_on_black(tmp_path, rgb, alpha):
     np.testing.assert_allclose(convert.read_image(tmp_path / "b.png"), luminance * alpha / 255**2, atol=1.6 / 255)
     Image.new("LA", (2, 2), (r, alpha)).save(tmp_path / "c.png")
     np.testing.assert_allclose(convert.read_image(tmp_path / "c.png"), r * alpha / 255**2, atol=1.1 / 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_picture_that_is_transparent_everywhere_is_refused(tmp_path, kind):
+    Image.new("RGBA", (4, 4), (200, 200, 200, 0)).save(tmp_path / "a", format=kind)
+    with pytest.raises(DataError, match="transparent everywhere") as error:
+        convert.read_image(tmp_path / "a")
+    one_line(error)
 
 
 def test_transparent_palette_and_gray_entries_are_black(tmp_path):
@@ -723,6 +731,22 @@ def test_dicom_by_any_name(tmp_path, name):
     header = convert.header(path)
     assert (header.patient, header.height, header.width) == ("P7", 6, 8)
     np.testing.assert_allclose(convert.read_image(path)[..., 0], GRAY8 / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a", "a.dcm"])
+def test_dicom_without_a_preamble(tmp_path, name):
+    """Read if its transfer syntax is stated, refused otherwise: byte order and compression would be a guess."""
+    made = write_dicom(tmp_path / "whole", GRAY8, SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1")
+    whole = made.read_bytes()
+    path = tmp_path / name
+    path.write_bytes(whole[132:])
+    assert convert.kind_of(path) == "DICOM"
+    np.testing.assert_allclose(convert.read_image(path)[..., 0], GRAY8 / 255, atol=1e-6)
+    path.write_bytes(whole[whole.index(b"\x08\0\x16\0") :])
+    assert convert.kind_of(path) == "DICOM"
+    with pytest.raises(DataError, match="no TransferSyntaxUID") as error:
+        convert.read_image(path)
+    one_line(error)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("PNG", "a.jpg"), ("BMP", "a.bmp"), ("BMP", "a.png"), ("TIFF", "a")])

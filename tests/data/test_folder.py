@@ -190,6 +190,11 @@ def test_masks_are_no_pictures(tmp_path, masks):
     assert any("2 a mask" in note for note in data.notes)
 
 
+def test_a_label_folder_that_holds_masks_only_is_refused(tmp_path):
+    put(tmp_path, "covid/images/1.png", "normal/masks/1.png")
+    refused(DataError, tmp_path, tmp_path / "normal", "1 a mask")
+
+
 def test_a_set_of_masks_is_read(tmp_path):
     data = folder.load(str(put(tmp_path, "with_mask/1.png", "without_mask/2.png")))
     assert data.class_names == ("with_mask", "without_mask")
@@ -516,6 +521,13 @@ def test_one_patient_for_all_is_noted(tmp_path):
     data = folder.load(str(tmp_path))
     assert set(data.patients) == {"H17"} and len(set(data.splits)) == 1
     assert any("all 4 PatientIDs are the same, 'H17'" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(("one", "other"), [("p1", "P1"), ("007", "7"), ("A-1", "A1"), ("a 1", "a_1")])
+def test_two_spellings_of_a_patient_are_noted(tmp_path, one, other):
+    for i, patient in enumerate([one, other, "Z"]):
+        write_dicom(tmp_path / f"{i}.dcm", np.full((4, 4), i, np.uint8), PatientID=patient)
+    assert any("1 times patients differ only in case" in note for note in folder.load(str(tmp_path)).notes)
 
 
 def test_issuers_of_one_patient_are_noted(tmp_path):
