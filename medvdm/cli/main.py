@@ -240,16 +240,23 @@ def _train(argv: list[str]) -> int:
     config = options.run_config(args)
 
     from medvdm.runs.fit import fit
-    from medvdm.training.devices import first_process, start_processes
 
-    start_processes(args.coordinator, args.num_processes, args.process_id)
+    first = _joined(args.processes)
     run = fit(config, args.out, resume=args.resume, progress=args.progress)
-    if first_process():
+    if first:
         looks = [r for r in read_lines(run.path / EVALUATIONS) if r["step"] == run.step]
         for look in looks:
             print(f"step {run.step}, validation, {look['weights']} weights: {look['vlb_bpd']:.4f} bits per dimension")
         print(f"run: {args.out}")
     return 0
+
+
+def _joined(processes: Any) -> bool:
+    """Join the other processes, if there are any; whether this is the one that reports."""
+    from medvdm.training.devices import first_process, start_processes
+
+    start_processes(processes.coordinator, processes.num_processes, processes.process_id)
+    return first_process()
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -260,12 +267,14 @@ def _evaluate(argv: list[str]) -> int:
     from medvdm.runs.evaluate import evaluate
     from medvdm.runs.run import load, load_data
 
+    first = _joined(args.processes)
     run = load(args.run, ema=args.ema, step=args.step)
     data = None
     if (args.data, args.data_dir, args.image_size) != (None, None, None):
         data = load_data(run, args.data, args.data_dir, args.image_size)
     result = evaluate(run, data, args.evaluation)
-    print(json.dumps(result) if args.json else evaluation_table(result))
+    if first:
+        print(json.dumps(result) if args.json else evaluation_table(result))
     return 0
 
 
@@ -276,12 +285,13 @@ def _sample(argv: list[str]) -> int:
 
     from medvdm.runs import provenance
     from medvdm.runs.run import load
-    from medvdm.runs.sample import sample
+    from medvdm.runs.sample import sample_to
 
     provenance.check_path(Path(args.out))
-    drawn = sample(load(args.run, ema=args.ema), config=args.drawing)
-    drawn.save(args.out)
-    print(f"{args.drawing.num} synthetic images: {args.out}")
+    first = _joined(args.processes)
+    sample_to(args.out, load(args.run, ema=args.ema), config=args.drawing)
+    if first:
+        print(f"{args.drawing.num} synthetic images: {args.out}")
     return 0
 
 
@@ -293,10 +303,12 @@ def _audit(argv: list[str]) -> int:
     from medvdm.runs.audit import audit
     from medvdm.runs.run import load, load_data
 
+    first = _joined(args.processes)
     run = load(args.run, ema=args.ema)
     data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
     result = audit(run, data, args.audit)
-    print(json.dumps(result) if args.json else audit_table(result))
+    if first:
+        print(json.dumps(result) if args.json else audit_table(result))
     return 0
 
 

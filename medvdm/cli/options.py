@@ -43,6 +43,18 @@ class Model(VDMConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Several processes that do one piece of work together; the same command is started in each."""
+
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Address of process 0 in a run of several processes; 'auto' where the cluster tells."""
+    num_processes: int = 1
+    """Number of processes."""
+    process_id: int = 0
+    """Which of them this is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a model and leave a run in a folder."""
 
@@ -60,12 +72,7 @@ class Train:
     keep: KeepConfig = field(default_factory=KeepConfig)
     progress: bool = True
     """Show a progress bar on stderr."""
-    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Address of process 0 in a run of several processes; 'auto' where the cluster tells."""
-    num_processes: int = 1
-    """Number of processes."""
-    process_id: int = 0
-    """Which of them this is."""
+    processes: Processes = field(default_factory=Processes)
 
 
 def train_defaults(config: RunConfig) -> Train:
@@ -112,6 +119,7 @@ class Evaluate:
     """Evaluate the moving average of the weights."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +140,7 @@ class Sample:
     drawing: Drawn = field(default_factory=Drawn)
     ema: bool = False
     """Use the moving average of the weights."""
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +163,7 @@ class Audit:
     """Use the moving average of the weights."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from medvdm.errors import DivergedError, InputError
 from medvdm.models import vdm
@@ -53,7 +54,8 @@ def generate(
 ) -> Generated:
     """Draw ``num`` images with ``steps`` ancestral steps.
 
-    Sample i of a seed is the same (up to rounding) whatever ``num`` and ``batch_size`` are.
+    Sample i of a seed is the same (up to rounding) whatever ``num`` and ``batch_size`` are. The memory is that of what
+    is returned and of one batch; :func:`batches` hands the batches out one by one.
 
     Args:
         graph, params: the model, from :func:`medvdm.models.vdm.split`.
@@ -67,6 +69,64 @@ def generate(
     Raises:
         InputError: a count below 1, guidance without labels, or shapes that do not fit.
         DivergedError: the chain left the finite numbers, as with weights that are not finite.
+    """
+    drawn = batches(
+        graph,
+        params,
+        num=num,
+        steps=steps,
+        labels=labels,
+        guidance=guidance,
+        seed=seed,
+        z=z,
+        first=first,
+        num_states=num_states,
+        batch_size=batch_size,
+    )
+    return collected(drawn, num)
+
+
+def collected(drawn: Iterable[Generated], num: int) -> Generated:
+    """Batches that follow one another as one, in arrays that are made once."""
+    whole, done = None, 0
+    for part in drawn:
+        if whole is None:
+            latents, states = (np.empty((len(a), num, *a.shape[2:]), a.dtype) for a in (part.latents, part.states))
+            whole = Generated(states[-1], latents, states, part.times)
+        rows = slice(done, done + part.images.shape[0])
+        whole.latents[:, rows], whole.states[:, rows] = part.latents, part.states
+        done = rows.stop
+    if whole is None or done != num:
+        raise ValueError(f"batches: {done} samples; expected {num}")
+    return whole
+
+
+def batches(
+    graph: nnx.GraphDef,
+    params: vdm.Params,
+    *,
+    num: int,
+    steps: int,
+    labels: np.ndarray | None = None,
+    guidance: float = 0.0,
+    seed: int = 0,
+    z: np.ndarray | None = None,
+    first: int | None = None,
+    num_states: int = 1,
+    batch_size: int = 64,
+    numbers: Iterable[int] | None = None,
+    place: Callable[[np.ndarray], Array] = jnp.asarray,
+) -> Iterator[Generated]:
+    """The batches of :func:`generate`, each drawn when it is asked for.
+
+    Args:
+        numbers: which batches to draw, of 0 to ceil(num / batch_size) - 1; all, in order, if None.
+        place: puts an array with one row per sample of a batch where it is to be computed: split over devices, say.
+        the others: as :func:`generate`.
+
+    Raises:
+        InputError: at the call, as :func:`generate`.
+        DivergedError: when a batch is drawn, as :func:`generate`.
     """
     model = vdm.merge(graph, params)
     first = steps if first is None else first
@@ -86,41 +146,48 @@ def generate(
     if z is not None and z.shape != (num, *model.latent_shape):
         raise InputError(f"z: shape {z.shape}; expected {(num, *model.latent_shape)}")
 
-    if labels is not None and (labels == labels[0]).all():
-        labels = labels[:1]  # one row serves all
     size = min(num, batch_size)
-    parts = []
-    for offset in range(0, num, size):
-        rows = np.minimum(np.arange(offset, offset + size), num - 1)  # the last part is filled up: one compilation
-        part = _generate(
-            params,
-            seed,
-            offset,
-            None if z is None else jnp.asarray(z, jnp.float32)[rows],
-            None if labels is None else jnp.asarray(labels, jnp.float32)[rows if len(labels) > 1 else np.array([0])],
-            steps,
-            first,
-            float(guidance),
-            graph=graph,
-            size=size,
-            guided=guidance != 0,
-            num_states=num_states,
+    one_row = labels is not None and (labels == labels[0]).all()  # which then serves all
+
+    def draw(number: int) -> Generated:
+        samples = number * size + np.arange(size, dtype=np.int32)
+        rows = np.minimum(samples, num - 1)  # the last batch is filled up: one compilation
+        if labels is None:
+            given = None
+        else:
+            given = jnp.asarray(labels[:1], jnp.float32) if one_row else place(np.asarray(labels[rows], np.float32))
+        latents, states, times = jax.device_get(
+            _generate(
+                params,
+                seed,
+                place(samples),
+                None if z is None else place(np.asarray(z[rows], np.float32)),
+                given,
+                steps,
+                first,
+                float(guidance),
+                graph=graph,
+                guided=guidance != 0,
+                num_states=num_states,
+            )
         )
-        parts.append(jax.device_get(part))
-    latents, states = (np.concatenate(p, axis=1)[:, :num] for p in list(zip(*parts, strict=True))[:2])
-    if not (np.isfinite(latents).all() and np.isfinite(states).all()):
-        raise DivergedError(
-            f"sampling: a latent or pixel is not finite, with {steps} steps and guidance {guidance:g}; "
-            "expected finite numbers (is a weight not finite, or the guidance far too large?)"
-        )
-    return Generated(states[-1], latents, states, parts[0][2])
+        left = num - number * size
+        latents, states = latents[:, :left], states[:, :left]
+        if not (np.isfinite(latents).all() and np.isfinite(states).all()):
+            raise DivergedError(
+                f"sampling: a latent or pixel is not finite, with {steps} steps and guidance {guidance:g}; "
+                "expected finite numbers (is a weight not finite, or the guidance far too large?)"
+            )
+        return Generated(states[-1], latents, states, times)
+
+    return map(draw, range(-(-num // size)) if numbers is None else numbers)
 
 
-@partial(jax.jit, static_argnames=("graph", "size", "guided", "num_states"))
+@partial(jax.jit, static_argnames=("graph", "guided", "num_states"))
 def _generate(
     params: vdm.Params,
     seed: Array | int,
-    offset: Array | int,
+    samples: Int[Array, " n"],
     z: Float[Array, "n *latent"] | None,
     labels: Float[Array, "m classes"] | None,
     steps: Array | int,
@@ -128,12 +195,11 @@ def _generate(
     guidance: Array | float,
     *,
     graph: nnx.GraphDef,
-    size: int,
     guided: bool,
     num_states: int,
 ) -> tuple[Float[Array, "k n *latent"], Float[Array, "k n h w c"], Float[Array, " k"]]:
     model = vdm.merge(graph, params)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(offset + jnp.arange(size))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(samples)
     if z is None:  # steps are numbered from 1, so 0 is free for the start
         z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), model.latent_shape))(keys)
     label = model.embed(labels, n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ from medvdm.data import ImageData
 from medvdm.errors import DataError, InputError
 from medvdm.evaluation import held_out as held_out_
 from medvdm.evaluation.audit import LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
-from medvdm.runs.config import AuditConfig, settings
+from medvdm.models.vdm import Params
+from medvdm.runs.config import AuditConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.run import Run, changed, load_data
 from medvdm.runs.sample import check_seed, sample
@@ -125,12 +127,13 @@ def audit_sets(
     if yardstick:
         other = other[draw(len(other), n, seed)]
         yardstick = _patients(other, data) >= LEAST_PATIENTS
-    drawn = sample(run, n, steps=config.steps, label=config.label, guidance=config.guidance, seed=seed).images
+    drawing = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig)}
+    drawn = sample(run, n, SampleConfig(**drawing)).images
     x = data.read(held_out)
     linear = run.baselines.sample(n, seed)
     sets = {
         "samples": Set(drawn, _each_its_own("sample", n)),
-        "decoded": Set(_decoded(run, x, seed), data.patients[held_out]),
+        "decoded": Set(_decoded(run, x, config), data.patients[held_out]),
         "linear_gaussian": None
         if linear is None
         else Set(linear.reshape(drawn.shape), _each_its_own("linear-Gaussian sample", n)),
@@ -162,15 +165,16 @@ def nearest_training(sets: dict[str, Set], data: ImageData, space: Space) -> dic
     }
 
 
-def _decoded(run: Run, x: np.ndarray, seed: int) -> np.ndarray:
-    """Images through encoder and decoder, 64 at a time."""
-    size = min(len(x), 64)
-    rows = np.minimum(np.arange(-(-len(x) // size) * size), len(x) - 1).reshape(-1, size)  # the last part filled up
-    decoded = [
-        held_out_.reconstruct(run.params, x[part], jax.random.fold_in(jax.random.key(seed), i), graph=run.graph)
-        for i, part in enumerate(rows)
-    ]
-    return np.concatenate(decoded)[: len(x)]
+def _decoded(run: Run, x: np.ndarray, config: AuditConfig) -> np.ndarray:
+    """Images through encoder and decoder."""
+
+    def each(params: Params, _: np.ndarray, on_devices: jax.Array, __: None, key: jax.Array) -> np.ndarray:
+        x_hat = held_out_.reconstruct(params, on_devices, key, graph=run.graph)
+        return np.moveaxis(np.asarray(x_hat), 0, -1)
+
+    read = lambda rows: (x[rows], None)  # noqa: E731
+    decoded = held_out_.by_batches(read, len(x), each, run.params, batch_size=config.batch_size, seed=config.seed)
+    return np.moveaxis(decoded, -1, 0)
 
 
 def _indices(config: AuditConfig, run: Run) -> list[int]:

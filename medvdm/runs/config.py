@@ -98,6 +98,8 @@ class SampleConfig:
     """Guidance weight w in eps = (1 + w) conditional - w null; needs a label."""
     seed: int = 0
     """Seed of the samples; sample i of a seed is always the same, however many are drawn."""
+    batch_size: int = 64
+    """Images drawn at a time, on all devices of a process; it changes the speed and the memory only."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", labels_of(self.label))

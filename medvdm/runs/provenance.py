@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -39,7 +40,7 @@ _XMP = (
 def write_samples(
     path: str | Path,
     *,
-    images: np.ndarray,
+    images: np.ndarray | Iterable[np.ndarray],
     findings: np.ndarray | None,
     class_names: Sequence[str],
     provenance: Mapping[str, Any],
@@ -68,7 +69,8 @@ def write_samples(
 
     Args:
         path: the file; replaced as a whole if it exists.
-        images: (n, h, w) or (n, h, w, c); uint8, or float in [0, 1]. In a grid c is 1 or 3.
+        images: (n, h, w) or (n, h, w, c); uint8, or float in [0, 1]. In a grid c is 1 or 3. An archive also takes the
+            parts of such an array one after the other, of which one is in memory at a time.
         findings: (n, k) of 0 and 1; None for no labels.
         class_names: k names.
         provenance: where the images come from; values are texts, numbers, None, or lists and dicts of them.
@@ -81,16 +83,24 @@ def write_samples(
         OSError: the file cannot be written; nothing of it is left.
     """
     suffix = check_path(path)
-    images = as_images(images, picture=suffix == ".png")
-    findings = _findings(findings, len(images), len(class_names))
+    if isinstance(images, np.ndarray):
+        images = as_images(images, picture=suffix == ".png")
     if suffix == ".png":
+        images = images if isinstance(images, np.ndarray) else np.concatenate([as_images(part) for part in images])
+        _findings(findings, len(images), len(class_names))
         _write_grid(path, images, provenance, columns)
         return
+    if isinstance(images, np.ndarray):
+        n, parts = len(images), iter([images])
+    elif findings is None:
+        raise InputError("findings: None for images in parts; expected (n, k), which says how many there are")
+    else:
+        n, parts = len(findings), (as_images(part) for part in images)
+    findings = _findings(findings, n, len(class_names))
     arrays = {
-        "images": images,
         "findings": findings,
         "labels": index_of_one(findings),
-        "class_names": np.array([text_of(name) for name in class_names], dtype=np.str_),
+        "class_names": np.array([str(name) for name in class_names], dtype=np.str_),
         "synthetic": np.array(True),
         "statement": np.array(SYNTHETIC),
         "provenance": np.array(_json(provenance)),
@@ -98,8 +108,30 @@ def write_samples(
         **{name: _integer(name, provenance.get(name)) for name in ("seed", "steps")},
         "guidance": _float("guidance", provenance.get("guidance")),
     }
-    with atomic(path) as file:
-        np.savez(file, **arrays)
+    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            _write_parts(member, parts, n)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_parts(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:
+    """n images in NumPy's format, part by part; only one is in memory."""
+    part = next(parts, None)
+    if part is None:
+        raise InputError(f"images: no part; expected {n} images")
+    shape, done = (n, *part.shape[1:]), 0
+    head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
+    while part is not None:
+        if part.shape[1:] != shape[1:]:
+            raise InputError(f"images: a part of shape {part.shape}; expected (m, *{shape[1:]})")
+        file.write(np.ascontiguousarray(part, np.float32).data.cast("B"))
+        done += len(part)
+        part = next(parts, None)
+    if done != n:
+        raise InputError(f"images: {done} in all parts; expected {n}, one per row of findings")
 
 
 def index_of_one(findings: np.ndarray) -> np.ndarray:

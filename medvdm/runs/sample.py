@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from medvdm import data as data_
 from medvdm.errors import InputError
-from medvdm.models.generate import generate
+from medvdm.models.generate import Generated, batches, collected
 from medvdm.runs import provenance as provenance_
 from medvdm.runs.config import SampleConfig, settings
 from medvdm.runs.run import Run
+from medvdm.training.devices import Layout, barrier, first_process, joined, own_parts
 
 DEFAULTS = SampleConfig()
 
@@ -65,7 +71,7 @@ def sample(
     num_states: int = 1,
     **changes: Any,
 ) -> Samples:
-    """Draw synthetic images.
+    """Draw synthetic images, on all devices of all processes; every process returns all of them.
 
     Args:
         run: from :func:`load`.
@@ -73,43 +79,148 @@ def sample(
         config: the settings.
         z, first, num_states: see :func:`medvdm.models.generate.generate`.
         changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``label`` (the name of a
-            class, or several names for images that carry all of them), ``guidance``, ``seed``.
+            class, or several names for images that carry all of them), ``guidance``, ``seed``, ``batch_size``.
 
     Raises:
         InputError: an unknown setting, a bad count or seed, an unknown label, or a label for an unconditional model.
     """
     config = settings(config, changes if num is None else {**changes, "num": num})
-    num, seed, names = config.num, config.seed, run.class_names
-    check_seed(seed)
+    findings = _findings(run, config)
+    count = _count(config)
+    turns = own_parts(count)
+    drawn = _batches(run, config, findings, turns, z=z, first=first, num_states=num_states)
+
+    def everyones() -> Iterator[Generated]:
+        for turn, mine in enumerate(drawn):
+            every = joined([_full(mine, config)], jax.process_count())
+            for process, part in enumerate(every):
+                number = turn * jax.process_count() + process
+                if number < count:
+                    yield _cut(part, config.num - number * _size(config))
+
+    whole = collected(drawn if jax.process_count() == 1 else everyones(), config.num)
+    return Samples(
+        images=whole.images,
+        findings=findings,
+        class_names=run.class_names,
+        provenance=_provenance(run, config, z, first),
+        states=whole.states,
+        times=whole.times,
+    )
+
+
+def sample_to(
+    path: str | Path, run: Run, num: int | None = None, config: SampleConfig = DEFAULTS, **changes: Any
+) -> None:
+    """Draw synthetic images into a file, on all devices of all processes.
+
+    An archive (.npz) is written batch by batch: the memory is that of one batch, whatever ``num``. Of several
+    processes, each draws its share of the batches into a part beside ``path`` (which all must be able to reach), and
+    the first joins them. A grid (.png) is drawn in memory.
+
+    Args:
+        path: the file, .npz or .png; replaced as a whole if it exists.
+        run, num, config, changes: as :func:`sample`.
+
+    Raises:
+        as :func:`sample` and :func:`medvdm.runs.provenance.write_samples`.
+    """
+    path = Path(path)
+    config = settings(config, changes if num is None else {**changes, "num": num})
+    if provenance_.check_path(path) == ".png":
+        drawn = sample(run, config=config)
+        if first_process():
+            drawn.save(path)
+        return
+    findings = _findings(run, config)
+    mine = range(jax.process_index(), _count(config), jax.process_count())
+    images = (part.images for part in _batches(run, config, findings, mine))
+    write = partial(
+        provenance_.write_samples,
+        path,
+        findings=findings,
+        class_names=run.class_names,
+        provenance=_provenance(run, config, None, None),
+    )
+    if jax.process_count() == 1:
+        write(images=images)
+        return
+    token = int(joined([np.asarray(secrets.randbits(32))], jax.process_count())[0])  # the first process's, for all
+    folder = path.with_name(f".{path.name}.{token:08x}.parts")
+    try:
+        folder.mkdir(exist_ok=True)
+        for number, part in zip(mine, images, strict=True):
+            np.save(folder / f"{number}.npy", part)
+        barrier("drawn")
+        if first_process():
+            write(images=(np.load(folder / f"{number}.npy") for number in range(_count(config))))
+    finally:
+        if first_process():
+            shutil.rmtree(folder, ignore_errors=True)
+    barrier("joined")
+
+
+def _findings(run: Run, config: SampleConfig) -> np.ndarray:
+    """(num, k) multi-hot, one row per sample."""
+    check_seed(config.seed)
     if config.label and not run.config.model.classes:
         raise InputError(f"label: '{config.label[0]}', but the run is unconditional; expected none")
-    findings = np.zeros((max(num, 0), len(names)), np.uint8)
-    findings[:, [data_.index_of(name, names, "label") for name in config.label]] = 1
-    drawn = generate(
+    findings = np.zeros((max(config.num, 0), len(run.class_names)), np.uint8)
+    findings[:, [data_.index_of(name, run.class_names, "label") for name in config.label]] = 1
+    return findings
+
+
+def _batches(
+    run: Run, config: SampleConfig, findings: np.ndarray, numbers: Iterable[int], **more: Any
+) -> Iterator[Generated]:
+    """Some of the batches, each drawn on all devices of this process."""
+    layout = Layout(max(_size(config), 1), local=True)
+    return batches(
         run.graph,
-        run.params,
-        num=num,
+        jax.device_put(run.params, layout.replicated),
+        num=config.num,
         steps=config.steps,
         labels=findings.astype(np.float32) if config.label else None,
         guidance=config.guidance,
-        seed=seed,
-        z=z,
-        first=first,
-        num_states=num_states,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        numbers=numbers,
+        place=layout.put,
+        **more,
     )
-    return Samples(
-        images=drawn.images,
-        findings=findings,
-        class_names=names,
-        provenance=run.provenance(
-            seed=seed,
-            steps=config.steps,
-            guidance=config.guidance,
-            label=list(config.label),
-            start=_start(z, first, config.steps),
-        ),
-        states=drawn.states,
-        times=drawn.times,
+
+
+def _size(config: SampleConfig) -> int:
+    """Samples per batch."""
+    return min(config.num, config.batch_size)
+
+
+def _count(config: SampleConfig) -> int:
+    """Number of batches; 1 where a count is none, which is refused when the batches are asked for."""
+    return -(-config.num // _size(config)) if _size(config) > 0 else 1
+
+
+def _full(part: Generated, config: SampleConfig) -> Generated:
+    """A batch filled up to the size of the others, as processes exchange batches of one size."""
+    lacking = _size(config) - len(part.images)
+    latents, states = (
+        np.concatenate([a, np.repeat(a[:, -1:], lacking, 1)], axis=1) for a in (part.latents, part.states)
+    )
+    return Generated(states[-1], latents, states, part.times)
+
+
+def _cut(part: Generated, left: int) -> Generated:
+    """The first ``left`` samples of a batch."""
+    return Generated(part.images[:left], part.latents[:, :left], part.states[:, :left], part.times)
+
+
+def _provenance(run: Run, config: SampleConfig, z: np.ndarray | None, first: int | None) -> dict[str, Any]:
+    return run.provenance(
+        seed=config.seed,
+        steps=config.steps,
+        guidance=config.guidance,
+        label=list(config.label),
+        start=_start(z, first, config.steps),
     )
 
 

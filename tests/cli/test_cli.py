@@ -289,7 +289,13 @@ def test_a_name_is_a_text(name: str) -> None:
     assert (evaluated.run, evaluated.data, evaluated.data_dir) == (name, name, name)
     given = [f"--{option}={name}" for option in ("out", "data", "data-dir", "patient-pattern", "coordinator")]
     trained = parse(options.Train, given, "train", options.train_defaults(preset("demo")))
-    found = (trained.out, trained.data.data, trained.data.data_dir, trained.data.patient_pattern, trained.coordinator)
+    found = (
+        trained.out,
+        trained.data.data,
+        trained.data.data_dir,
+        trained.data.patient_pattern,
+        trained.processes.coordinator,
+    )
     assert found == (name,) * 5
     start, _ = parse(options.Start, given, "train", add_help=False, return_unknown_args=True)
     assert start.out == name

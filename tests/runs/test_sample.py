@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import Trained
 
 import medvdm
+from medvdm.errors import DivergedError, InputError
+from medvdm.runs.provenance import write_samples
 from medvdm.runs.run import Run
+from medvdm.runs.sample import sample_to
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +49,75 @@ def test_a_chain_from_a_given_latent_is_no_pure_sample(loaded: Run, tmp_path: Pa
 
     medvdm.sample(loaded, 2, steps=4, z=z, first=2).save(tmp_path / "half.png")
     assert said["half"] in Image.open(tmp_path / "half.png").text["Source"]
+
+
+def test_a_file_written_batch_by_batch_is_the_one_of_the_whole(loaded: Run, tmp_path: Path) -> None:
+    settings = {"steps": 3, "label": ("Pneumonia", "No Finding"), "guidance": 0.5, "seed": 7}
+    sample_to(tmp_path / "parts.npz", loaded, 7, batch_size=3, **settings)
+    medvdm.sample(loaded, 7, **settings).save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "parts.npz") as parts, np.load(tmp_path / "whole.npz") as whole:
+        assert list(parts) == list(whole)
+        for name in set(parts) - {"images"}:
+            np.testing.assert_array_equal(parts[name], whole[name])
+        np.testing.assert_allclose(parts["images"], whole["images"], atol=1e-5)
+        assert parts["images"].shape == (7, 16, 16, 1) and parts["images"].dtype == np.float32
+    sample_to(tmp_path / "grid.png", loaded, 4, steps=2)
+    assert sorted(os.listdir(tmp_path)) == ["grid.png", "parts.npz", "whole.npz"]
+
+
+def test_the_memory_of_a_file_of_samples_is_that_of_a_batch(tmp_path: Path) -> None:
+    """64 parts of 1 MiB."""
+    one = np.full((4, 256, 256, 1), 0.25, np.float32)
+    tracemalloc.start()
+    findings = np.zeros((256, 2), np.uint8)
+    parts = (one * (i / 64) for i in range(64))
+    write_samples(tmp_path / "s.npz", images=parts, findings=findings, class_names=["a", "b"], provenance={})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * one.nbytes
+    with np.load(tmp_path / "s.npz") as file:
+        np.testing.assert_array_equal(file["images"][:, 0, 0, 0], 0.25 * np.arange(64).repeat(4) / 64)
+
+
+def test_the_memory_of_samples_is_that_of_what_is_returned_and_a_batch() -> None:
+    """The batches of a large set, as the sampler hands them out, are put in their place one by one."""
+    from medvdm.models.generate import Generated, collected
+
+    images = np.ones((1, 4, 256, 256, 1), np.float32)
+    tracemalloc.start()
+    parts = (Generated((i * images)[-1], np.ones((1, 4, 3), np.float32), i * images, np.zeros(1)) for i in range(64))
+    whole = collected(parts, 256)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(whole.images[:, 5, 5, 0], np.arange(64).repeat(4))
+    assert np.shares_memory(whole.images, whole.states)
+    assert peak < whole.states.nbytes + 6 * images.nbytes
+
+
+def test_a_run_that_fails_half_way_leaves_no_file(loaded: Run, tmp_path: Path) -> None:
+    broken = jax.tree.map(lambda p: p * np.nan, loaded.params)
+    with pytest.raises(DivergedError):
+        sample_to(tmp_path / "s.npz", dataclasses.replace(loaded, params=broken), 4, steps=2)
+    for parts, words in (([np.zeros((2, 8, 8, 1))], "2 in all parts; expected 3"), ([], "no part")):
+        with pytest.raises(InputError, match=words):
+            write_samples(
+                tmp_path / "s.npz",
+                images=iter(parts),
+                findings=np.zeros((3, 1), np.uint8),
+                class_names=["a"],
+                provenance={},
+            )
+    assert os.listdir(tmp_path) == []
+
+
+def test_counts_that_cannot_be_are_refused_in_either_form(loaded: Run, tmp_path: Path) -> None:
+    for wrong, words in (
+        ({"num": 0}, "num: 0"),
+        ({"num": 4, "batch_size": 0}, "batch_size: 0"),
+        ({"num": -1}, "num: -1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            medvdm.sample(loaded, **wrong)
+        with pytest.raises(InputError, match=words):
+            sample_to(tmp_path / "s.npz", loaded, **wrong)
+    assert os.listdir(tmp_path) == []
