@@ -143,6 +143,10 @@ def test_png_says_what_it_is(tmp_path, sample) -> None:
     assert text["Software"] == "medvdm 0.1.0"
     assert text["Source"] == "medvdm: run first, seed 3, steps 250, guidance 0.5, weights ema"
     assert json.loads(text[PROVENANCE_CHUNK]) == PROVENANCE
+    for label, words in (([], ""), (["Mass"], " label Mass,"), (["Mass", "a, b"], " label Mass and a, b,")):
+        write_samples(path, **{**sample, "provenance": {**PROVENANCE, "label": label}})
+        with Image.open(path) as picture:
+            assert picture.text["Source"] == f"medvdm: run first, seed 3, steps 250,{words} guidance 0.5, weights ema"
     assert b"Synthetic image" in path.read_bytes()  # uncompressed: `strings` and `grep` find it
 
 
