@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -341,7 +342,10 @@ class CompiledStep:
     plan: Plan
 
     def __call__(
-        self, state: TrainState, images: Float[Array, "n h w c"], labels: Float[Array, "n k"] | None
+        self,
+        state: TrainState,
+        images: Float[Array | np.ndarray, "n h w c"],
+        labels: Float[Array | np.ndarray, "n k"] | None,
     ) -> tuple[TrainState, Metrics]:
         """The next state, in the memory of the old one, and what the step reports."""
         return self.program(state, images, labels, self.plan)

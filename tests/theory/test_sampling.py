@@ -136,6 +136,24 @@ def test_the_fast_chain_is_the_plain_one(small, T, first, k, rows, guidance):
     np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_more_states_cost_no_more_conditions():
+    """What depends on time and label only is computed once per block of steps, however many states are returned."""
+    counted = []
+
+    class Counting(oracle.Isotropic):
+        def condition(self, gamma, label):
+            jax.debug.callback(lambda: counted.append(1))
+            return super().condition(gamma, label)
+
+    model, counts = Counting(S, MODEL.schedule), []
+    for k in (1, 7, 200):
+        counted.clear()
+        chain(model, jnp.zeros((1, 2)), NO_LABEL, keys=keys_of(1), steps=200, first=200, num_states=k)
+        jax.effects_barrier()
+        counts.append(len(counted))
+    assert counts == [4, 4, 4]  # blocks of 64
+
+
 def test_a_chain_in_the_images_shape_is_the_flat_one():
     shape = (2, 3, 2)
     z, keys = jax.random.normal(jax.random.key(3), (3, *shape)), keys_of(3)
