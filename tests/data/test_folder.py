@@ -447,6 +447,7 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     os.rename(tmp_path / "A", os.fsencode(tmp_path) + b"/\xff")
     refused(DataError, tmp_path, "udcff", "not UTF-8")
     refused(DataError, os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), "udcff", "not UTF-8")
+    refused(DataError, os.fsdecode(os.fsencode(tmp_path) + b"/\xfe"), "udcfe", "not UTF-8")  # is not there
 
 
 def test_a_name_that_is_not_utf8_of_a_file_that_is_not_read(tmp_path):
