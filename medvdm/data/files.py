@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -265,8 +266,11 @@ def in_memory(
 
 def threaded(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
     """``function`` of every item, in order; the first exception in that order is raised."""
+    items = list(items)
+    block = min(max(len(items) // (8 * _THREADS), 1), 256)  # a task per item would cost more than a small file
+    blocks = [items[i : i + block] for i in range(0, len(items), block)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, items))
+        return list(chain.from_iterable(pool.map(lambda some: list(map(function, some)), blocks)))
 
 
 def _blocks(n: int) -> Iterator[np.ndarray]:
