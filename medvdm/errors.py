@@ -37,6 +37,12 @@ class RunError(MedvdmError, ValueError):
     """A run folder or its checkpoint cannot be used: missing, damaged, finished, or of another config."""
 
 
+class NotSavedError(RunError):
+    """What training saved does not read back. The settings were good; the disk, or what lies on it, is not."""
+
+    exit_code = 1
+
+
 class DivergedError(MedvdmError, FloatingPointError):
     """Training or sampling produced a value that is not finite. The last good checkpoint is intact."""
 

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,9 +31,12 @@ class KeepConfig:
     evaluate_every: int = 0
     """Steps between held-out evaluations (on validation patients); 0 is ten times a run."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 is ten times a run, but at least every 1,000 steps. The last step always saves."""
+    """Steps between checkpoints. 0 is ten times a run and at least every 1,000 steps, but not so often that saving
+    takes more than about a tenth of the time, nor twice in a minute. The last step always saves."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the weights with the least bound on validation images (averaged weights where there are any)."""
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "checkpoint_every"):
@@ -178,13 +181,21 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 #: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.
-FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_best")
 
 
 def fingerprint(config: RunConfig) -> str:
     """A short hash of all settings that define the run's numbers; each checkpoint carries it."""
     fixed = {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def earlier_fingerprints(config: RunConfig, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fingerprints that a run had before it was extended, by its record; its older checkpoints bear them."""
+    return tuple(
+        fingerprint(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps)))
+        for steps in record["extended_from"]
+    )
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def evaluate(
 
     Raises:
         InputError: an unknown setting, or a value that cannot be used.
-        RunError: the run's own data have changed, or the result cannot be written into the run's folder.
+        RunError: the run's own data have changed, the labels or the null were not trained, or the result cannot be
+            written into the run's folder.
     """
     config = settings(config, changes)
     if save:
@@ -58,6 +59,7 @@ def evaluate(
         raise InputError(
             f"{data.name}: classes {', '.join(data.class_names)}; expected {', '.join(run.class_names)}, or --null"
         )
+    run.require_trained(null=config.null, labels=labelled)
     found = held_out.evaluate_weights(
         run.graph,
         run.params,

@@ -1,60 +1,55 @@
-"""Train a model: the loop around :func:`medvdm.training.step.make_step`, and all that keeps it safe.
+"""Train a model: check everything, prepare the run's folder, and hand the rest to :mod:`medvdm.training.loop`.
 
-The order of work: everything that can be refused is checked before anything is written; then the record and the
-baselines are written, and training starts or continues at the newest checkpoint. A step's images, times and noise
-depend on the seed and the step's number only, so a resumed run gives the same losses as one never interrupted.
+The way goes down once. What can be refused is refused before anything is written. Then the folder is locked, the
+baselines are fitted and the record is written; then training starts, or continues at the newest checkpoint. Before
+:func:`fit` returns, the last checkpoint has been read back from the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import signal
 import sys
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from medvdm import data as data_
 from medvdm.data import ImageData
 from medvdm.errors import DivergedError, InputError, RunError, StoppedError
-from medvdm.evaluation import baselines, held_out
+from medvdm.evaluation import baselines
 from medvdm.evaluation.components import check_components, principal_components
 from medvdm.models import vdm
+from medvdm.paths import local_path
 from medvdm.runs import config as config_
 from medvdm.runs.config import RunConfig
+from medvdm.runs.journal import MAX_LOOK, Looks, StepLog
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.record import data_record, environment, version
 from medvdm.runs.run import Run
 from medvdm.runs.store import (
     BASELINES,
+    BEST,
     CHECKPOINTS,
     CONFIG,
     EVALUATIONS,
     METRICS,
     holds_run,
-    read_lines,
+    locked,
     read_record,
     write_json,
-    write_text,
 )
+from medvdm.training import loop
 from medvdm.training.batches import training_batches, training_indices
-from medvdm.training.checkpoints import Checkpoints
-from medvdm.training.devices import Layout, barrier, first_process, local
-from medvdm.training.step import Metrics, TrainState, augmentations, init_state, jit_step, new_state
-
-MAX_LOOK = 256  #: validation images of the looks during training, at most
+from medvdm.training.checkpoints import Cadence, Checkpoints, check_folder, read_back
+from medvdm.training.devices import Layout, barrier, describe, first_process, first_said, local
+from medvdm.training.step import TrainState, augmentations, init_state, jit_step, learning_rate, new_state
 
 
 def fit(
@@ -71,20 +66,23 @@ def fit(
         config: the settings, for example from :func:`medvdm.runs.presets.preset`.
         out: the run's folder; made if need be.
         data: images from Python (:func:`medvdm.data.from_arrays`) instead of those that ``config.data`` names.
-        resume: continue the run in ``out`` exactly where its newest checkpoint left it.
-        progress: show a progress bar on stderr.
+        resume: continue the run in ``out`` exactly where its newest checkpoint left it. With more ``steps`` than
+            before, a finished run is extended: the learning rate follows the longer cosine from there on.
+        progress: say on stderr what is trained on what, with the notes of the data, and show the progress.
 
     Returns:
-        The finished run, with its weights.
+        The finished run, with its weights. Its last checkpoint has been read back.
 
     Raises:
-        InputError, DataError, MissingFileError: settings or data that cannot be used; nothing has been written.
-        RunError: ``out`` holds a run already (without ``resume``), holds none or one of other settings (with it), or
-            the disk cannot hold the checkpoints.
+        InputError, DataError, MissingFileError: settings, data or a folder that cannot be used; nothing has been
+            written.
+        RunError: ``out`` holds a run already (without ``resume``), holds none or one of other settings (with it),
+            another process is training into it, or the disk cannot hold the checkpoints.
         DivergedError: a loss or a weight is not finite; the last good checkpoint is intact.
-        StoppedError: SIGTERM or Ctrl-C; the state has been saved.
+        NotSavedError: the last checkpoint was written and does not read back.
+        StoppedError: SIGTERM or Ctrl-C; the state has been saved, and read back.
     """
-    out = Path(out)
+    out = local_path(out, "out")
     _check_out(out, resume)
     if data is None:
         data = data_.load(config.data)
@@ -92,39 +90,74 @@ def fit(
         config = replace(config, data=replace(config.data, data=data.name))
     config = fill_in(config, data)
     layout = Layout(config.training.batch_size)
-    indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
-    if vdm.ARCHITECTURES[config.model.architecture].measures_components:
-        augmented = any(augmentations(config.training).values())
-        check_components(
-            config.model.latent,
-            min(len(indices), baselines.MAX_IMAGES),
-            config.model.dimensions,
-            config.training.basis_copies if augmented else 0,
-        )
+    _check_data(config, data)
+    extension = None
     if resume:
-        _check_same(out, config, data)
+        extension = _check_same(out, config, data)
     else:
         _check_room(out, config)
-        _prepare(out, config, data)
-    state = _train(out, config, data, layout, progress=progress and first_process())
+    progress = progress and first_process()
+    notes = _notes(config, data) + ([extension] if extension else [])
+    if progress:
+        _announce(config, data, notes)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_claimed(out, resume))
+        images = None
+        if extension:
+            _extend(out, config, extension)
+        elif not resume:
+            images = _prepare(out, config, data, notes)
+        barrier("prepared")
+        record = read_record(out)[0]
+        settings = {"settings": config_.fingerprint(config), "earlier": config_.earlier_fingerprints(config, record)}
+        checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep=config.keep.keep_checkpoints, **settings))
+        best = stack.enter_context(Checkpoints(out / BEST, keep=1, **settings)) if config.keep.keep_best else None
+        like = _like(config, layout)
+        if checkpoints.latest() is None:
+            state = first_state(config, data, layout, images)
+        else:
+            state = checkpoints.restore(like)
+        del images  # half a gigabyte that training has no use for
+        state, stopped = _train(out, config, data, layout, state, checkpoints, best, progress=progress)
+        step = int(state.step)
+        read_back(out / CHECKPOINTS, like, step, settings=settings["settings"])
+        if first_process():
+            baselines.load(out / BASELINES)
+            renew_card(out)
+        barrier("finished")
+    if stopped and step < config.training.steps:
+        name = signal.Signals(stopped).name
+        raise StoppedError(f"{name}: saved step {step} in {out}; continue with --resume", stopped)
     return Run(
         path=out,
         config=config,
-        record=read_record(out)[0],
-        step=int(state.step),
+        record=record,
+        step=step,
         weights="raw",
         graph=vdm.graph_of(config.model),
         params=local(state.params),
     )
 
 
+# --- Before anything is written --------------------------------------------------------------------------------------
+
+
 def _check_out(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is a file; expected a folder or a new name")
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"out: {out} is a link to nothing; expected a folder or a new name")
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"out: {existing} is a file; expected a folder or a new name")
+    check_folder(out, "out")
     if resume and not holds_run(out):
         raise RunError(f"out: {out} holds no run to resume; expected one, or no --resume to start it")
-    if not resume and holds_run(out):
+    if resume:
+        return
+    if holds_run(out):
         raise RunError(f"out: {out} holds a run already; expected a new folder, or --resume to continue it")
+    left = [name for name in (CHECKPOINTS, BEST, METRICS, EVALUATIONS, BASELINES) if (out / name).exists()]
+    if left:
+        raise RunError(f"out: {out} holds {left[0]} of a run without its {CONFIG}; expected a new or empty folder")
 
 
 def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
@@ -133,73 +166,168 @@ def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
     return replace(config, model=replace(config.model, image_shape=data.image_shape, classes=classes))
 
 
-def first_state(config: RunConfig, data: ImageData, layout: Layout) -> TrainState:
-    """The state at step 0 of a config that is filled in, on the devices of ``layout``.
-
-    A 'linear-start' model measures its components here, on (augmented copies of) the training images.
-    """
-    state = new_state(config.model, config.training, layout.replicated)
+def _check_data(config: RunConfig, data: ImageData) -> None:
+    """Refuse images that this model cannot be trained on."""
+    indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    if config.keep.keep_best and not np.any(data.splits == "val"):
+        raise InputError(f"keep_best: {data.name} has no validation images; expected some to judge the weights by")
     if vdm.ARCHITECTURES[config.model.architecture].measures_components:
-        with jax.default_matmul_precision("highest"):  # a GPU's short products would leave them orthogonal to 3 digits
-            basis = principal_components(
-                data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
-                config.model.latent,
-                key=jax.random.fold_in(jax.random.key(config.training.seed), 2**31 - 1),  # no step has this number
-                copies=config.training.basis_copies,
-                **augmentations(config.training),
-            )
-        basis = jax.device_put(basis, layout.replicated)
-        ema = None if state.ema is None else vdm.with_components(state.ema, _copy(basis))
-        state = state._replace(params=vdm.with_components(state.params, basis), ema=ema)
-    return state
+        augmented = any(augmentations(config.training).values())
+        check_components(
+            config.model.latent,
+            min(len(indices), baselines.MAX_IMAGES),
+            config.model.dimensions,
+            config.training.basis_copies if augmented else 0,
+        )
 
 
-def _check_same(out: Path, config: RunConfig, data: ImageData) -> None:
-    """Refuse to resume with anything that would change the run."""
+def _check_same(out: Path, config: RunConfig, data: ImageData) -> str | None:
+    """Refuse to resume with anything that would change the run; a note where it becomes longer."""
     record, old = read_record(out)
     before, now = config_.flat(old), config_.flat(config)
     for name, value in now.items():
-        if name not in config_.FREE_ON_RESUME and before[name] != value:
+        if name not in (*config_.FREE_ON_RESUME, "steps") and before[name] != value:
             raise RunError(f"{name}: {value}; expected {before[name]}, with which {out} was started (--resume)")
     if record["data"]["fingerprint"] != data.fingerprint():
         raise RunError(f"{data.name}: not the images that {out} was started with (names, labels, splits or pixels)")
+    done, asked = old.training.steps, config.training.steps
+    if asked == done:
+        return None
+    settings, earlier = config_.fingerprint(old), config_.earlier_fingerprints(old, record)
+    step = None
+    if (out / CHECKPOINTS).is_dir():
+        with Checkpoints(out / CHECKPOINTS, settings=settings, earlier=earlier, create=False) as checkpoints:
+            step = checkpoints.latest()
+    if asked < done or step != done:
+        where = "finished" if step == done else f"at step {step or 0}"
+        raise RunError(
+            f"steps: {asked}; expected {done}, with which {out} was started, or more once it is finished "
+            f"(it is {where})"
+        )
+    ends, goes_on = (float(learning_rate(c.training)(done)) for c in (old, config))
+    return (
+        f"extended from {done:,} to {asked:,} steps: the learning rate had come down to {ends:.2g} on the cosine of "
+        f"{done:,} steps and goes on at {goes_on:.2g}, on that of {asked:,}"
+    )
 
 
 def _check_room(out: Path, config: RunConfig) -> None:
     """Refuse to start where the disk cannot hold the checkpoints that are kept, and one being written."""
     state = jax.eval_shape(lambda: init_state(config.model, config.training))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed = size * (config.keep.keep_checkpoints + 1)
+    needed = size * (config.keep.keep_checkpoints + 1 + 2 * config.keep.keep_best)
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(f"out: {existing} has {free / 1e6:.0f} MB free; expected {needed / 1e6:.0f} MB for checkpoints")
 
 
-def _prepare(out: Path, config: RunConfig, data: ImageData) -> None:
-    """Fit the baselines and write the record; on any failure nothing of it stays."""
-    if first_process():
-        made = next((p for p in reversed((out, *out.parents)) if not p.exists()), None)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            fitted = baselines.fit(
-                data.read(_spread(data.indices("train"), baselines.MAX_IMAGES)),
-                data.read(_spread(np.flatnonzero(data.splits == "val"), baselines.MAX_VALIDATION_IMAGES)),
-            )
-            baselines.save(fitted, out / BASELINES)
-            record = {
-                "version": version(),
-                "config": config_.to_json(config),
-                "data": data_record(data),
-                "environment": environment(),
-            }
-            write_json(out / CONFIG, record)
-        except BaseException:
-            (out / BASELINES).unlink(missing_ok=True)
-            if made is not None:
-                shutil.rmtree(made, ignore_errors=True)
-            raise
-    barrier("prepared")
+def _notes(config: RunConfig, data: ImageData) -> list[str]:
+    """What a reader of the log and of the model card should know of this run, beside the notes on its data."""
+    training, notes = config.training, []
+    if training.steps < training.warmup_steps:
+        most = max(float(learning_rate(training)(k)) for k in range(training.steps))
+        notes.append(
+            f"the {training.steps:,} steps end inside the warm-up of {training.warmup_steps:,}: the learning rate "
+            f"comes to {most:.2g} of the {training.learning_rate:.2g} asked for"
+        )
+    if config.model.classes:
+        if training.label_dropout == 0:
+            notes.append("label_dropout is 0: the null ('no label') is not trained, so it cannot be used")
+        if training.label_dropout == 1:
+            notes.append("label_dropout is 1: no label is trained, so only the null ('no label') can be used")
+        trained = _trained_classes(config, data)
+        if lacking := [name for name in data.class_names if name not in trained]:
+            notes.append(f"no training image carries {', '.join(lacking)}: not trained, so it cannot be used")
+    return notes
+
+
+def _trained_classes(config: RunConfig, data: ImageData) -> list[str]:
+    """The classes that a conditional model meets in training: those that some training image carries."""
+    if not config.model.classes:
+        return []
+    seen = data.labels[data.splits == "train"].any(axis=0)
+    return [name for name, there in zip(data.class_names, seen, strict=True) if there]
+
+
+def _announce(config: RunConfig, data: ImageData, notes: list[str]) -> None:
+    """One line on stderr that says what is trained on what, and one for each note."""
+    counts = data.counts()
+    splits = ", ".join(f"{of['images']:,} {split}" for split, of in counts.items())
+    shape = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shape))
+    classes = f"{len(data.class_names)} classes" if config.model.classes else "unconditional"
+    lines = [
+        f"{data.name}: {len(data):,} images ({splits}) of {sum(of['patients'] for of in counts.values()):,} patients, "
+        f"{' x '.join(map(str, data.image_shape))}, {classes}; {parameters:,} parameters; {describe()}",
+        *(f"note: {note}" for note in (*data.notes, *data.check_splits(), *notes)),
+    ]
+    for line in lines:
+        print(" ".join(line.split()), file=sys.stderr)
+
+
+# --- The folder ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, resume: bool) -> Iterator[None]:
+    """Hold the run's folder for this training; a folder made here goes away again unless it comes to hold a run."""
+    if not first_process():
+        yield
+        return
+    missing = [p for p in (out, *out.parents) if not p.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            _check_out(out, resume)  # another process may have finished a run here meanwhile
+            yield
+    finally:
+        if not holds_run(out):
+            for folder in missing:
+                with contextlib.suppress(OSError):  # not empty: another process writes there
+                    folder.rmdir()
+
+
+def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) -> np.ndarray | None:
+    """Fit the baselines and write the record; on any failure nothing of it stays. Returns the images it has read."""
+    if not first_process():
+        return None
+    images = _basis_images(data)
+    try:
+        fitted = baselines.fit(
+            images, data.read(_spread(np.flatnonzero(data.splits == "val"), baselines.MAX_VALIDATION_IMAGES))
+        )
+        baselines.save(fitted, out / BASELINES)
+        record = {
+            "version": version(),
+            "config": config_.to_json(config),
+            "data": data_record(data),
+            "environment": environment(),
+            "trained_classes": _trained_classes(config, data),
+            "notes": notes,
+            "extended_from": [],
+        }
+        write_json(out / CONFIG, record)
+    except BaseException:
+        (out / BASELINES).unlink(missing_ok=True)
+        raise
+    return images
+
+
+def _extend(out: Path, config: RunConfig, note: str) -> None:
+    """Write into the record that the run becomes longer."""
+    if not first_process():
+        return
+    record, old = read_record(out)
+    record["config"] = config_.to_json(config)
+    record["extended_from"] = [*record["extended_from"], old.training.steps]
+    record["notes"] = [*record["notes"], note]
+    write_json(out / CONFIG, record)
+
+
+def _basis_images(data: ImageData) -> np.ndarray:
+    """The training images that baselines and components are measured on."""
+    return data.read(_spread(data.indices("train"), baselines.MAX_IMAGES))
 
 
 def _spread(indices: np.ndarray, most: int) -> np.ndarray:
@@ -209,52 +337,92 @@ def _spread(indices: np.ndarray, most: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, most).astype(int)]
 
 
-@jax.jit
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
-@jax.jit
-def _finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+def first_state(config: RunConfig, data: ImageData, layout: Layout, images: np.ndarray | None = None) -> TrainState:
+    """The state at step 0 of a config that is filled in, on the devices of ``layout``.
+
+    A 'linear-start' model measures its components here, on (augmented copies of) the training images: on ``images``
+    where these have been read already.
+    """
+    state = new_state(config.model, config.training, layout.replicated)
+    if vdm.ARCHITECTURES[config.model.architecture].measures_components:
+        with jax.default_matmul_precision("highest"):  # a GPU's short products would leave them orthogonal to 3 digits
+            basis = principal_components(
+                _basis_images(data) if images is None else images,
+                config.model.latent,
+                key=jax.random.fold_in(jax.random.key(config.training.seed), 2**31 - 1),  # no step has this number
+                copies=config.training.basis_copies,
+                **augmentations(config.training),
+            )
+        basis = jax.device_put(basis, layout.replicated)
+        ema = None if state.ema is None else vdm.with_components(state.ema, jax.tree.map(jnp.copy, basis))
+        state = state._replace(params=vdm.with_components(state.params, basis), ema=ema)
+    return state
 
 
-def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, progress: bool) -> TrainState:
-    settings, steps = config.training, config.training.steps
-    checkpoint_every = config.keep.every("checkpoint", steps)
+def _like(config: RunConfig, layout: Layout) -> TrainState:
+    """The shapes and places of the state's arrays."""
+    shapes = jax.eval_shape(lambda: init_state(config.model, config.training))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout.replicated), shapes)
+
+
+def _train(
+    out: Path,
+    config: RunConfig,
+    data: ImageData,
+    layout: Layout,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    best: Checkpoints | None,
+    *,
+    progress: bool,
+) -> tuple[TrainState, int]:
+    """Give the loop what it asks for; returns the state, saved, and the signal that ended training early, or 0."""
+    settings, steps, start = config.training, config.training.steps, int(state.step)
+    validation = _spread(np.flatnonzero(data.splits == "val"), MAX_LOOK)
     evaluate_every = config.keep.every("evaluate", steps)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                out / CHECKPOINTS,
-                settings=config_.fingerprint(config),
-                keep=config.keep.keep_checkpoints,
-                create=True,
-            )
-        )
-        if checkpoints.latest() is None:
-            state = first_state(config, data, layout)
-        else:
-            shapes = jax.eval_shape(lambda: init_state(config.model, settings))
-            state = checkpoints.restore(
-                jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout.replicated), shapes)
-            )
-        start = int(state.step)
-        # Lines past the checkpoint belong to steps that will be taken again.
-        log = stack.enter_context(_StepLog(out, start)) if first_process() else None
-        bar = stack.enter_context(
-            tqdm(
-                total=steps,
-                initial=start,
-                unit="step",
-                disable=not progress,
-                file=sys.stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
-            )
-        )
-        asked = stack.enter_context(_stop_requests())
-        look = _Look(out, config, data, start) if first_process() else None
-        step_fn = jit_step(config.model, settings)
+        log = stack.enter_context(StepLog(out, start)) if first_process() else None
+        looks = Looks(out, config, data, validation, start) if first_process() else None
+        bar = stack.enter_context(loop.Progress(start, steps, show=progress))
+        asked = stack.enter_context(loop.stop_requests())
+        cadence = Cadence(config.keep.every("checkpoint", steps), exact=config.keep.checkpoint_every > 0)
+
+        def write(number: int, values: dict[str, float]) -> None:
+            if log is not None:
+                log.write(number, values)
+            bar.update(values)
+
+        def save(number: int, state: TrainState) -> None:
+            if log is not None:
+                log.flush()
+            if best is not None:
+                best.wait()  # a look that the record tells of is never newer than the weights it speaks of
+            cadence.began()
+            checkpoints.save(state)
+
+        def save_due(number: int) -> bool:
+            if not checkpoints.saving():
+                cadence.ended()
+            return cadence.due(number)
+
+        def keep_best(number: int, state: TrainState) -> None:
+            if best is not None and (best.latest() or 0) < number:
+                best.save(state, weights_only=True)
+
+        def look(number: int, state: TrainState) -> None:
+            if len(validation) and first_said(looks is not None and looks.write(number, state)):
+                keep_best(number, state)
+
+        def stop(number: int) -> bool:
+            if jax.process_count() > 1 and checkpoints.preempted(number):
+                asked.signal = signal.SIGTERM
+            return bool(asked.signal)
+
+        if first_said(looks is not None and looks.best_step == start > 0):
+            keep_best(start, state)  # killed between this look and its weights, or not asked for until now
         batches = training_batches(
             data,
             batch_size=settings.batch_size,
@@ -262,153 +430,24 @@ def _train(out: Path, config: RunConfig, data: ImageData, layout: Layout, *, pro
             start=start,
             rows=layout.rows(settings.batch_size),
         )
-        pending: deque[tuple[int, Metrics]] = deque()
-
-        def report_until(left: int) -> None:
-            """Read the metrics of finished steps, all but the newest ``left``."""
-            while len(pending) > left:
-                number, metrics = pending.popleft()
-                values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
-                if not all(map(math.isfinite, values.values())):
-                    checkpoints.wait()
-                    raise DivergedError(
-                        f"step {number}: the loss is {values['loss']}; expected a finite number "
-                        f"(last good checkpoint: {checkpoints.latest() or 'none'}, in {out})"
-                    )
-                if log is not None:
-                    bar.set_postfix(log.write(number, values), refresh=False)
-                bar.update()
-
-        def save() -> None:
-            report_until(0)
-            if not bool(_finite(state.params)):
-                checkpoints.wait()
-                raise DivergedError(
-                    f"step {number}: a weight is not finite (last good checkpoint: "
-                    f"{checkpoints.latest() or 'none'}, in {out})"
-                )
-            if log is not None:
-                log.flush()
-            # The step will reuse this state's memory while the files are still being written: save a copy.
-            checkpoints.save(_copy(state))
-
-        for number in range(start + 1, steps + 1):
-            images, labels = next(batches)
-            state, metrics = step_fn(state, layout.put(images), layout.put(labels) if config.model.classes else None)
-            pending.append((number, metrics))
-            report_until(1)  # the device works on this step while the host reads the one before
-            stop = asked.signal if jax.process_count() == 1 else checkpoints.preempted(number) and signal.SIGTERM
-            if number % checkpoint_every == 0 or number == steps or stop:
-                save()
-            if number % evaluate_every == 0 or number == steps:
-                report_until(0)
-                if look is not None:
-                    look(number, state)
-            if stop and number < steps:
-                checkpoints.wait()
-                name = signal.Signals(stop).name
-                raise StoppedError(f"{name}: saved step {number} in {out}; continue with --resume", stop)
+        on_devices = (
+            (layout.put(images), layout.put(labels) if config.model.classes else None) for images, labels in batches
+        )
+        hooks = loop.Hooks(
+            log=write,
+            save=save,
+            look=look,
+            save_due=save_due,
+            look_due=lambda number: number % evaluate_every == 0,
+            stop=stop,
+        )
+        try:
+            state = loop.train(state, jit_step(config.model, settings), on_devices, steps=steps, hooks=hooks)
+        except DivergedError as problem:
+            checkpoints.wait()
+            good = checkpoints.latest() or "none"
+            raise DivergedError(f"{problem} (last good checkpoint: {good}, in {out})") from None
         checkpoints.wait()
-    if first_process():
-        renew_card(out)
-    barrier("finished")
-    return state
-
-
-class _StepLog:
-    """``metrics.jsonl``: one line per step, each step once, also after a kill and a resume."""
-
-    def __init__(self, out: Path, start: int):
-        path = out / METRICS
-        kept = [r for r in read_lines(path) if r["step"] <= start]
-        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._before = kept[-1]["seconds"] if kept else 0.0
-        self._start = self._flushed = time.perf_counter()
-        self._recent: deque[float] = deque(maxlen=50)
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def write(self, step: int, values: dict[str, float]) -> dict[str, str]:
-        """Add a step; returns the terms as short texts for the progress bar."""
-        now = time.perf_counter()
-        self._recent.append(now)
-        span = self._recent[-1] - self._recent[0]
-        rate = (len(self._recent) - 1) / span if span > 0 else 1.0 / max(now - self._start, 1e-9)
-        record = {
-            "step": step,
-            "seconds": round(self._before + now - self._start, 3),
-            "steps_per_second": round(rate, 4),
-            **values,
-        }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        if now - self._flushed > 1.0:
-            self.flush()
-        short = {"reconstruction": "recon", "diffusion": "diff", "latent": "latent"}
-        return {text: f"{values[f'{name}_bpd']:.4g}" for name, text in short.items()}
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._flushed = time.perf_counter()
-
-
-class _Look:
-    """``evaluations.jsonl``: the bound on validation patients during training, by one draw."""
-
-    def __init__(self, out: Path, config: RunConfig, data: ImageData, start: int):
-        self._path = out / EVALUATIONS
-        self._data = data
-        self._indices = _spread(np.flatnonzero(data.splits == "val"), MAX_LOOK)
-        self._graph = vdm.graph_of(config.model)
-        self._labelled = config.model.classes > 0
-        kept = [r for r in read_lines(self._path) if r["step"] <= start]
-        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-
-    def __call__(self, step: int, state: TrainState) -> None:
-        if not len(self._indices):
-            return
-        for weights, params in (("raw", state.params), ("ema", state.ema)):
-            if params is None:
-                continue
-            found = held_out.quick(
-                self._graph,
-                local(params),  # one device is enough for a look
-                self._data,
-                self._indices,
-                batch_size=min(32, len(self._indices)),
-                labelled=self._labelled,
-            )
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "split": "val", "weights": weights, **found}) + "\n")
-
-
-class _Requests:
-    signal: int = 0
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_Requests]:
-    """Note SIGTERM and the first Ctrl-C instead of dying of them; a second Ctrl-C interrupts at once."""
-    asked = _Requests()
-
-    def note(number: int, frame: Any) -> None:
-        if asked.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.signal = number
-
-    old: dict[int, Any] = {}
-    try:
-        if jax.process_count() == 1:  # several processes agree on a step through JAX's own handler
-            for number in (signal.SIGTERM, signal.SIGINT):
-                with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours to handle
-                    old[number] = signal.signal(number, note)
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        if best is not None:
+            best.wait()
+    return state, asked.signal

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.nnx as nnx
 import jax
@@ -15,11 +16,12 @@ from medvdm.data import DataConfig, ImageData
 from medvdm.errors import InputError, MissingFileError, RunError
 from medvdm.evaluation import baselines as baselines_
 from medvdm.models import vdm
+from medvdm.paths import local_path
 from medvdm.runs import config as config_
 from medvdm.runs.config import RunConfig
-from medvdm.runs.store import BASELINES, CHECKPOINTS, METRICS, read_lines, read_record
+from medvdm.runs.store import BASELINES, BEST, CHECKPOINTS, METRICS, read_lines, read_record
 from medvdm.training.checkpoints import Checkpoints
-from medvdm.training.devices import Layout, local
+from medvdm.training.devices import Layout, available, local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,31 @@ class Run:
         """One record a training step."""
         return read_lines(self.path / METRICS)
 
+    def require_trained(self, *, null: bool = False, labels: bool = False, classes: Sequence[str] = ()) -> None:
+        """Refuse to use of a conditional model what its training never met.
+
+        Args:
+            null: whether 'no label' is to be used.
+            labels: whether labels are to be used.
+            classes: names of the classes that are to be drawn from.
+
+        Raises:
+            RunError: ``label_dropout`` was 0 (the null never met), or 1 (no label met), or no training image carried
+                one of the classes.
+        """
+        if not self.config.model.classes:
+            return
+        if null and self.config.training.label_dropout == 0:
+            raise RunError(
+                f"{self.path}: its null ('no label') was not trained (label_dropout is 0); "
+                "expected labels, and no guidance"
+            )
+        if (labels or classes) and self.config.training.label_dropout == 1:
+            raise RunError(f"{self.path}: its labels were not trained (label_dropout is 1); expected the null")
+        for name in classes:
+            if name not in self.record["trained_classes"]:
+                raise RunError(f"{self.path}: no training image carried '{name}'; expected a class that was trained")
+
     def provenance(self, **more: Any) -> dict[str, Any]:
         """Where a sample of this run comes from, for the sample's file."""
         return {
@@ -82,31 +109,35 @@ class Run:
         }
 
 
-def load(path: str | Path, *, ema: bool = False, step: int | None = None) -> Run:
+def load(path: str | Path, *, ema: bool = False, step: int | Literal["best"] | None = None) -> Run:
     """Load a run's newest checkpoint, or that of a given step.
 
     Args:
         path: the run's folder.
         ema: load the moving average of the weights instead of the weights.
-        step: an earlier step that is still kept (``keep_checkpoints``).
+        step: an earlier step that is still kept (``keep_checkpoints``), or 'best' for that with the least bound on
+            validation images (``keep_best``).
 
     Raises:
+        InputError: ``path`` is no path of a folder, see :func:`medvdm.paths.local_path`.
         MissingFileError: no run there.
         RunError: the checkpoint is missing, damaged or of another config; or the run keeps no average.
     """
-    path = Path(path)
+    path = local_path(path, "run")
     record, config = read_record(path)
     if ema and not config.training.ema_decay:
         raise RunError(f"{path}: this run keeps no moving average (ema_decay is 0); expected one for --ema")
-    if not (path / CHECKPOINTS).is_dir():
-        raise MissingFileError(f"{path / CHECKPOINTS}: not found; expected at least one checkpoint")
+    folder = path / (BEST if step == "best" else CHECKPOINTS)
+    if not folder.is_dir():
+        wanted = "one kept by --keep-best" if step == "best" else "at least one checkpoint"
+        raise MissingFileError(f"{folder}: not found; expected {wanted}")
     # Of several processes, each has a copy.
-    sharding = Layout(jax.device_count()).replicated
+    sharding = Layout(len(available())).replicated
     shapes = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-    settings = config_.fingerprint(config)
-    with Checkpoints(path / CHECKPOINTS, settings=settings, create=False) as checkpoints:
-        step, params = checkpoints.restore_weights(like, "ema" if ema else "params", step)
+    settings, earlier = config_.fingerprint(config), config_.earlier_fingerprints(config, record)
+    with Checkpoints(folder, settings=settings, earlier=earlier, create=False) as checkpoints:
+        step, params = checkpoints.restore_weights(like, "ema" if ema else "params", None if step == "best" else step)
     return Run(
         path=path,
         config=config,

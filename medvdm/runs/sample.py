@@ -17,6 +17,7 @@ import numpy as np
 from medvdm import data as data_
 from medvdm.errors import InputError
 from medvdm.models.generate import Generated, batches, collected
+from medvdm.paths import local_path
 from medvdm.runs import provenance as provenance_
 from medvdm.runs.config import SampleConfig, settings
 from medvdm.runs.run import Run
@@ -53,7 +54,7 @@ class Samples:
     def save(self, path: str | Path) -> None:
         """Write .npz or .png, marked as synthetic."""
         provenance_.write_samples(
-            Path(path),
+            local_path(path, "out"),
             images=self.images,
             findings=self.findings,
             class_names=self.class_names,
@@ -83,6 +84,7 @@ def sample(
 
     Raises:
         InputError: an unknown setting, a bad count or seed, an unknown label, or a label for an unconditional model.
+        RunError: a label, or the null, that was not trained (:meth:`medvdm.runs.run.Run.require_trained`).
     """
     config = settings(config, changes if num is None else {**changes, "num": num})
     findings = _findings(run, config)
@@ -125,7 +127,7 @@ def sample_to(
     Raises:
         as :func:`sample` and :func:`medvdm.runs.provenance.write_samples`.
     """
-    path = Path(path)
+    path = local_path(path, "out")
     config = settings(config, changes if num is None else {**changes, "num": num})
     if provenance_.check_path(path) == ".png":
         drawn = sample(run, config=config)
@@ -167,6 +169,7 @@ def _findings(run: Run, config: SampleConfig) -> np.ndarray:
         raise InputError(f"label: '{config.label[0]}', but the run is unconditional; expected none")
     findings = np.zeros((max(config.num, 0), len(run.class_names)), np.uint8)
     findings[:, [data_.index_of(name, run.class_names, "label") for name in config.label]] = 1
+    run.require_trained(null=not config.label or config.guidance != 0, classes=config.label)
     return findings
 
 

@@ -3,22 +3,27 @@
 =====================  ===================================================================================
 ``config.json``        version, settings, data and environment: the record that everything else is made from
 ``baselines.npz``      the baselines, fitted on the training images
-``checkpoints/``       Orbax checkpoints
+``checkpoints/``       Orbax checkpoints, the newest ones
+``best/``              the weights with the least validation bound (``keep_best``)
 ``metrics.jsonl``      one line per training step
 ``evaluations.jsonl``  one line per held-out evaluation during training
 ``results/``           one JSON per ``evaluate`` call
 ``audits/``            one JSON per ``audit`` call
 ``MODEL_CARD.md``      the model card, made from the files above
+``.lock``              there while a process trains into the folder
 =====================  ===================================================================================
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,12 +66,9 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-# IMPORTS
-
-
-CONFIG, BASELINES, CHECKPOINTS = "config.json", "baselines.npz", "checkpoints"
+CONFIG, BASELINES, CHECKPOINTS, BEST = "config.json", "baselines.npz", "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
-AUDITS = "audits"
+AUDITS, LOCK = "audits", ".lock"
 
 
 def check_writable(folder: Path) -> None:
@@ -131,3 +133,48 @@ def read_record(path: Path) -> tuple[dict[str, Any], RunConfig]:
     if not isinstance(record, dict) or "config" not in record:
         raise RunError(f"{path / CONFIG}: has no 'config'; expected the record of a run")
     return record, config.from_json(record["config"], where=str(path / CONFIG))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one training at a time, also against processes of other machines that share the disk.
+
+    The system gives the lock back when its process ends, however that happens, so a killed run blocks nobody. On a
+    disk without locks (some network file systems) a line on stderr says that nothing guards the folder.
+
+    Raises:
+        RunError: another process is training into it.
+    """
+    path = folder / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            os.close(file)
+            if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(
+                    f"out: {folder}: another process is training into this folder; expected one at a time"
+                ) from None
+            path.unlink(missing_ok=True)
+            print(
+                f"medvdm: {folder}: this disk has no locks ({problem.strerror}); start no second training into it",
+                file=sys.stderr,
+            )
+            yield
+            return
+        if _same_file(path, file):
+            break
+        os.close(file)  # whoever held it has removed it meanwhile: what is locked is no longer in the folder
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _same_file(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False

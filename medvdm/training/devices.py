@@ -7,6 +7,11 @@ its arguments differs. Noise does not depend on the placement, so the numbers ag
 from __future__ import annotations
 
 import math
+import os
+import socket
+import sys
+import threading
+import time
 from typing import Any, TypeVar
 
 import jax
@@ -18,23 +23,81 @@ from medvdm.errors import InputError
 T = TypeVar("T")
 
 
-def start_processes(coordinator: str | None, num_processes: int, process_id: int) -> None:
+def available() -> list[jax.Device]:
+    """The devices that JAX computes on.
+
+    Raises:
+        InputError: JAX_PLATFORMS or another of JAX's settings asks for what is not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as problem:  # 'cuda' without its plug-in is a bare assertion in JAX
+        asked = jax.config.jax_platforms or "the default"
+        reason = " ".join(str(problem).split()).split(" (")[0][:160]
+        raise InputError(
+            f"JAX_PLATFORMS: '{asked}' cannot be used here{f': {reason}' if reason else ''}; "
+            "expected a platform that is installed, such as cpu, or the variable unset"
+        ) from None
+
+
+def start_processes(coordinator: str | None, num_processes: int, process_id: int, *, timeout: int = 300) -> None:
     """Join a run of several processes; nothing to do for one.
 
     Args:
         coordinator: HOST:PORT of process 0; None for a single process, 'auto' where the cluster tells (Slurm, ...).
         num_processes, process_id: how many there are, and which one this is.
+        timeout: seconds to wait for the others. When they have passed, the process says so and ends with code 2.
+
+    Raises:
+        InputError: a number out of range, an address that is none, no cluster that tells, or nobody answers there.
     """
     if coordinator is None:
+        if num_processes != 1 or process_id != 0:
+            raise InputError(f"coordinator: missing, for process {process_id} of {num_processes}; expected HOST:PORT")
         return
-    if coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    if not 0 <= process_id < num_processes:
-        raise InputError(f"process_id: {process_id}; expected 0 to {num_processes - 1}")
+    if coordinator != "auto":
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError(f"coordinator: '{coordinator}'; expected HOST:PORT, or 'auto'")
+        if not 0 <= process_id < num_processes:
+            raise InputError(f"process_id: {process_id}; expected 0 to {num_processes - 1}, below num_processes")
+        if process_id:
+            _wait_for(host, int(port), timeout)
     if jax.config.jax_platforms in (None, "", "cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    where = () if coordinator == "auto" else (coordinator, num_processes, process_id)
+    # Where others do not come, JAX aborts from C++ with a stack trace: no exception can be caught. So be first.
+    late = threading.Timer(timeout, _give_up, (f"coordinator: not all processes joined within {timeout} s",))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(*where, initialization_timeout=timeout + 60)
+    except (RuntimeError, ValueError, OSError, IndexError) as problem:
+        reason = " ".join(str(problem).split())[:160]
+        raise InputError(f"coordinator: '{coordinator}': {reason}; expected an address that can be used") from None
+    finally:
+        late.cancel()
+
+
+def _wait_for(host: str, port: int, timeout: float) -> None:
+    """Return when something listens there; raise InputError when the time is over."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2.0).close()
+            return
+        except OSError as problem:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"coordinator: {host}:{port} did not answer within {timeout} s ({problem.strerror or problem}); "
+                    "expected process 0 to listen there"
+                ) from None
+        time.sleep(0.2)
+
+
+def _give_up(line: str) -> None:
+    print(f"medvdm: {line}; expected all of them to be started", file=sys.stderr, flush=True)
+    os._exit(InputError.exit_code)
 
 
 class Layout:
@@ -51,7 +114,9 @@ class Layout:
     """
 
     def __init__(self, batch_size: int, *, local: bool = False):
-        devices = jax.local_devices() if local else jax.devices()
+        devices = available()
+        if local:
+            devices = jax.local_devices()
         if local or jax.process_count() == 1:
             devices = devices[: math.gcd(batch_size, len(devices))]
         elif batch_size % len(devices):
@@ -78,7 +143,7 @@ class Layout:
 
 def describe() -> str:
     """The devices in words, as for a record: '8 x cpu', '1 x NVIDIA H100'."""
-    devices = jax.devices()
+    devices = available()
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
@@ -96,6 +161,15 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def first_said(answer: bool) -> bool:
+    """The answer of the first process, in all of them: what depends on a clock or a file is decided there."""
+    if jax.process_count() == 1:
+        return answer
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def local(tree: Any) -> Any:

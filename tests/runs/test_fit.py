@@ -189,7 +189,7 @@ def test_a_nan_stops_with_one_line_and_the_last_good_checkpoint_intact(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"steps": 13}, "steps"),
+        ({"steps": 11}, "steps"),
         ({"learning_rate": 2e-2}, "learning_rate"),
         ({"gamma_max": 4.0}, "gamma_max"),
         ({"data_seed": 3}, "data_seed"),
@@ -285,7 +285,7 @@ def test_unconditional_and_learned_schedule_and_gradient_term_train(tmp_path: Pa
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_stop_requests_leave_the_handlers_as_they_were() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with fit._stop_requests() as asked:
+    with loop.stop_requests() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,35 @@
+"""Paths as users write them: ``~`` is expanded, and what is no path of a file system is refused before any work."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from medvdm.errors import InputError
+
+#: 'gs://bucket/run'; also 'gs:/bucket/run', which is what :class:`pathlib.Path` makes of it.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | Path, what: str) -> Path:
+    """A path as given by a user, with ``~`` and ``~user`` expanded; a folder that is really called so is ``./~``.
+
+    Args:
+        path: a file or folder, there or not.
+        what: the argument that it came from, for the error.
+
+    Raises:
+        InputError: empty, a URL, a home folder of nobody, or a name that cannot be written on one line of text.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InputError(f"{what}: ''; expected a path")
+    if not text.isprintable():  # a line break, another control character, or bytes that are not UTF-8
+        raise InputError(f"{what}: {text!a}; expected a path of printable characters")
+    if _URL.match(text):
+        raise InputError(f"{what}: '{text}' is a URL; expected a path on a local or mounted file system")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{what}: '{text}': no such user; expected a path (./~name where a name begins so)") from None
