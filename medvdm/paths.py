@@ -29,7 +29,8 @@ def local_path(path: str | Path, what: str) -> Path:
         raise InputError(f"{what}: {text!a}; expected a path of printable characters")
     if _URL.match(text):
         raise InputError(f"{what}: '{text}' is a URL; expected a path on a local or mounted file system")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise InputError(f"{what}: '{text}': no such user; expected a path (./~name where a name begins so)") from None
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise InputError(f"{what}: '{text}': no such user; expected a path (./~name where a name begins so)")
+    found = Path(expanded)
+    return found.absolute() if str(found).startswith("~") else found  # './~' loses its dot, and stays what it is

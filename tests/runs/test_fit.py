@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,17 @@ import tiny
 
 import medvdm
 from medvdm import errors
+from medvdm.cli.main import main
+from medvdm.evaluation import held_out
+from medvdm.runs import config as config_
 from medvdm.runs import fit
 from medvdm.runs.run import load
-from medvdm.runs.store import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, read_json, read_lines
+from medvdm.runs.store import CARD, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, locked, read_json, read_lines
+from medvdm.training import loop
 from medvdm.training import step as step_
+from medvdm.training.batches import training_batches
+from medvdm.training.checkpoints import Checkpoints
+from medvdm.training.devices import Layout
 from medvdm.training.step import make_step
 
 LOSSES = ("reconstruction_bpd", "diffusion_bpd", "latent_bpd", "vlb_bpd", "loss")
@@ -291,3 +300,293 @@ def test_stop_requests_leave_the_handlers_as_they_were() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# --- What is refused before the first step, and what is said -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["[1]", "a*b", "run?", "back\\slash", "**"])
+def test_a_folder_that_would_lose_the_weights_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(errors.InputError, match=r"^out: .* in its path, which the checkpoint library reads as a pat"):
+        medvdm.fit(tiny.config(), tmp_path / name / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "~no-such-user/run", "a\nb"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.InputError, match="^out: "):
+        medvdm.fit(tiny.config(), out, progress=False)
+    with pytest.raises(errors.InputError, match="^run: "):
+        load(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unusual_folders_hold_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder, the current one, a link, a slash at the end, and names with spaces and beyond ASCII."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = tiny.config(steps=1)
+    for out, place in (
+        ("~/run 1", tmp_path / "run 1"),
+        (".", tmp_path / "here"),
+        (f"{tmp_path}/link/", tmp_path / "real"),
+        (f"{tmp_path}/Lunge ü 肺/", tmp_path / "Lunge ü 肺"),
+    ):
+        medvdm.fit(config, out, progress=False)
+        assert load(out).step == load(place).step == 1
+    assert not (tmp_path / "here" / "~").exists()
+    (tmp_path / "nothing").symlink_to(tmp_path / "not there")
+    with pytest.raises(errors.InputError, match="a link to nothing"):
+        medvdm.fit(config, tmp_path / "nothing", progress=False)
+    with pytest.raises(errors.InputError, match="config.json is a file"):
+        medvdm.fit(config, tmp_path / "real" / CONFIG / "run", progress=False)
+
+
+def test_a_run_without_its_record_is_not_trained_over(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / CONFIG).unlink()
+    with pytest.raises(errors.RunError, match=r"holds checkpoints of a run without its config\.json"):
+        medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
+
+
+def test_two_trainings_into_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        with pytest.raises(errors.RunError, match="another process is training into this folder"):
+            medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
+    assert list((tmp_path / "run").iterdir()) == []
+    medvdm.fit(tiny.config(steps=1), tmp_path / "run", progress=False)
+    with locked(tmp_path / "run"), pytest.raises(errors.RunError, match="another process"):
+        medvdm.fit(tiny.config(steps=1), tmp_path / "run", resume=True, progress=False)
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_start_together_one_trains(tmp_path: Path) -> None:
+    options = ("train", "--out", tmp_path / "run", *tiny.options(steps=600, checkpoint_every=600))
+    both = [tiny.start(*options) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    (refusal,) = [err for process, err in zip(both, said, strict=True) if process.returncode]
+    assert "another process is training" in refusal.splitlines()[-1] and "Traceback" not in refusal
+    assert list(losses(tmp_path / "run")) == list(range(1, 601))
+
+
+def test_a_checkpoint_that_does_not_read_back_is_an_error_and_not_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that takes everything and gives back something else."""
+    real = Checkpoints.wait
+
+    def spoiling(checkpoints: Checkpoints) -> None:
+        real(checkpoints)
+        for path in (checkpoints.folder / "12" / "params").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000:
+                path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+
+    monkeypatch.setattr(Checkpoints, "wait", spoiling)
+    code = main(["train", "--out", str(tmp_path / "run"), *tiny.options()])
+    out, err = capfd.readouterr()
+    assert code == 1 and out == ""
+    assert "medvdm: step 12 was saved, but does not read back: " in err.splitlines()[-1]
+
+
+def test_training_images_are_read_once_before_training(tmp_path: Path) -> None:
+    """Baselines and components of 'linear-start' are measured on the same images."""
+    images = np.random.default_rng(0).uniform(size=(60, 8, 8)).astype(np.float32)
+    data = medvdm.from_arrays(images)
+    data.check_splits()  # looks at each image, once, whatever the model
+    reads: list[int] = []
+    inner = data.reader
+    object.__setattr__(data, "reader", lambda i: (reads.append(len(i)), inner(i))[1])
+    config = medvdm.preset("linear-start", steps=1, batch_size=4, latent=4, inner_width=8, decoder_width=8)
+    medvdm.fit(config, tmp_path / "run", data=data, progress=False)
+    assert reads.count(len(data.indices("train"))) == 1
+
+
+def test_the_log_begins_with_what_is_trained_on_what(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny.config(steps=1)
+    run = medvdm.fit(config, tmp_path / "run", progress=True)
+    err = capfd.readouterr().err
+    first = err.splitlines()[0]
+    counts = run.record["data"]["counts"]
+    patients = sum(of["patients"] for of in counts.values())
+    weights = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert first == (
+        f"phantom: 60 images ({counts['train']['images']} train, {counts['val']['images']} val, "
+        f"{counts['test']['images']} test) of {patients} patients, 16 x 16 x 1, {len(run.class_names)} classes; "
+        f"{weights:,} parameters; {run.record['environment']['devices']}"
+    )
+    assert "note: the 1 steps end inside the warm-up of 2" in err and "1/1 00:00 left, total " in err
+    medvdm.fit(config, tmp_path / "quiet", progress=False)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"steps": 1}, "the 1 steps end inside the warm-up of 2: the learning rate comes to 0 of the 0.01 asked for"),
+        ({"steps": 1, "label_dropout": 0.0}, "label_dropout is 0: the null"),
+        ({"steps": 1, "label_dropout": 1.0}, "label_dropout is 1: no label is trained"),
+    ],
+)
+def test_what_is_odd_about_a_run_stands_in_its_record_and_card(
+    tmp_path: Path, changes: dict[str, Any], note: str
+) -> None:
+    run = medvdm.fit(tiny.config(**changes), tmp_path / "run", progress=False)
+    assert any(one.startswith(note) for one in run.record["notes"])
+    assert note.split(":")[0] in (tmp_path / "run" / CARD).read_text().replace("\\", "")
+
+
+def test_a_split_without_held_out_images_is_said_in_log_and_card(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).uniform(size=(20, 8, 8)).astype(np.float32)
+    data = medvdm.from_arrays(images, patients=["61"] * 20)
+    medvdm.fit(tiny.config(steps=1, batch_size=4), tmp_path / "run", data=data, progress=True)
+    err, card = capfd.readouterr().err, (tmp_path / "run" / CARD).read_text()
+    for text in ("the split 'val' has no images", "the split 'test' has no images", "of one patient"):
+        assert text in err and text in card
+    with pytest.raises(errors.InputError, match="keep_best: arrays has no validation images"):
+        medvdm.fit(tiny.config(steps=1, batch_size=4, keep_best=True), tmp_path / "b", data=data, progress=False)
+
+
+def test_what_was_never_trained_cannot_be_used(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).uniform(size=(40, 8, 8)).astype(np.float32)
+    labels = np.zeros((40, 3), np.uint8)
+    labels[:, 0] = 1
+    labels[:20, 1] = 1  # no image carries the third class
+    data = medvdm.from_arrays(images, labels, class_names=["a", "b", "c"])
+
+    def trained(dropout: float) -> Any:
+        config = tiny.config(steps=2, batch_size=8, label_dropout=dropout)
+        return medvdm.fit(config, tmp_path / str(dropout), data=data, progress=False)
+
+    no_null, no_labels, both = trained(0.0), trained(1.0), trained(0.5)
+    draw = {"num": 1, "steps": 2}
+    for use in (
+        lambda: medvdm.sample(no_null, **draw),
+        lambda: medvdm.sample(no_null, **draw, label=("a",), guidance=1.0),
+        lambda: medvdm.evaluate(no_null, data, null=True, draws=2),
+    ):
+        with pytest.raises(errors.RunError, match="null .* was not trained"):
+            use()
+    for use in (
+        lambda: medvdm.sample(no_labels, **draw, label=("a",)),
+        lambda: medvdm.evaluate(no_labels, data, draws=2),
+    ):
+        with pytest.raises(errors.RunError, match="labels were not trained"):
+            use()
+    with pytest.raises(errors.RunError, match="no training image carried 'c'"):
+        medvdm.sample(both, **draw, label=("c",))
+    assert any("no training image carries c" in note for note in both.record["notes"])
+    # What was trained can be used.
+    assert np.isfinite(medvdm.sample(no_null, **draw, label=("b",)).images).all()
+    assert np.isfinite(medvdm.sample(no_labels, **draw).images).all()
+    assert np.isfinite(medvdm.sample(both, **draw, label=("a",), guidance=1.0).images).all()
+    assert np.isfinite(medvdm.evaluate(no_labels, data, null=True, draws=2)["vlb_bpd"])
+    looks = read_lines(no_labels.path / EVALUATIONS)
+    assert looks and all(np.isfinite(look["vlb_bpd"]) for look in looks)
+
+
+# --- Keeping the best, and extending ---------------------------------------------------------------------------------
+
+
+def test_the_best_weights_by_validation_are_kept(tmp_path: Path) -> None:
+    """A learning rate that makes things worse after a while: the best look is not the last one."""
+    config = tiny.config(steps=40, evaluate_every=4, checkpoint_every=40, keep_best=True, learning_rate=0.3, seed=3)
+    medvdm.fit(config, tmp_path / "run", progress=False)
+    looks = [r for r in read_lines(tmp_path / "run" / EVALUATIONS) if r["weights"] == "ema"]
+    least = min(looks, key=lambda r: r["vlb_bpd"])
+    assert least["step"] < 40, "the run is to become worse, or this test shows nothing"
+    best = load(tmp_path / "run", step="best", ema=True)
+    assert best.step == least["step"] and best.provenance()["step"] == least["step"]
+    data = medvdm.data.load(config.data)
+    again = held_out.quick(
+        best.graph, best.params, data, data.indices("val"), batch_size=min(32, len(data.indices("val"))), labelled=True
+    )
+    assert again["vlb_bpd"] == pytest.approx(least["vlb_bpd"], rel=1e-5)
+    assert load(tmp_path / "run", step="best").weights == "raw" and load(tmp_path / "run").step == 40
+
+
+def test_the_best_is_kept_over_a_resume_and_may_be_asked_for_later(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(errors.MissingFileError, match="keep-best"):
+        load(tmp_path / "run", step="best")
+    looks = [r for r in read_lines(whole / EVALUATIONS) if r["weights"] == "ema"]
+    assert min(looks, key=lambda r: r["vlb_bpd"])["step"] == 12  # the last look is the best here
+    medvdm.fit(tiny.config(keep_best=True), tmp_path / "run", resume=True, progress=False)
+    assert load(tmp_path / "run", step="best").step == 12
+    a, b = load(tmp_path / "run", step="best", ema=True), load(whole, ema=True)
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def test_a_finished_run_is_extended_along_the_longer_cosine(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    medvdm.fit(tiny.config(steps=18), out, resume=True, progress=False)
+    assert list(losses(out)) == list(range(1, 19))
+    assert {k: v for k, v in losses(out).items() if k <= 12} == losses(whole)
+    # The same by hand: the state at step 12, and steps whose cosine has 18.
+    config = fit.fill_in(tiny.config(steps=18), medvdm.data.load(tiny.config().data))
+    data, layout = medvdm.data.load(config.data), Layout(config.training.batch_size)
+    with Checkpoints(whole / CHECKPOINTS, settings=config_.fingerprint(load(whole).config), create=False) as saved:
+        state = saved.restore(fit._like(config, layout))
+    batches = training_batches(data, batch_size=8, seed=config.training.seed, start=12)
+    step_fn = step_.jit_step(config.model, config.training)
+    for number in range(13, 19):
+        images, labels = next(batches)
+        state, metrics = step_fn(state, layout.put(images), layout.put(labels))
+        assert losses(out)[number] == pytest.approx([float(getattr(metrics, name)) for name in LOSSES], rel=1e-6)
+    record = read_json(out / CONFIG)
+    assert record["extended_from"] == [12] and record["config"]["training"]["steps"] == 18
+    (note,) = [n for n in record["notes"] if n.startswith("extended from 12 to 18 steps")]
+    rates = [float(step_.learning_rate(tiny.config(steps=n).training)(12)) for n in (12, 18)]
+    assert f"{rates[0]:.2g}" in note and f"{rates[1]:.2g}" in note and rates[1] > 10 * rates[0]
+    assert "extended from 12 to 18 steps" in (out / CARD).read_text()
+    assert load(out).step == 18
+    medvdm.fit(tiny.config(steps=20), out, resume=True, progress=False)  # and once more
+    assert read_json(out / CONFIG)["extended_from"] == [12, 18] and load(out).step == 20
+
+
+def test_an_extension_that_was_killed_before_its_first_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    config = fit.fill_in(tiny.config(steps=14), medvdm.data.load(tiny.config().data))
+    fit._extend(out, config, "note")
+    assert load(out).step == 12
+    medvdm.fit(tiny.config(steps=14), out, resume=True, progress=False)
+    assert load(out).step == 14
+    with pytest.raises(errors.RunError, match="^steps: 13; expected 14"):
+        medvdm.fit(tiny.config(steps=13), out, resume=True, progress=False)
+
+
+def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.train
+
+    def signalled(*arguments: Any, hooks: loop.Hooks, **more: Any) -> Any:
+        def stop(number: int) -> bool:
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return hooks.stop(number)
+
+        return real(*arguments, hooks=replace(hooks, stop=stop), **more)
+
+    monkeypatch.setattr(loop, "train", signalled)
+    with pytest.raises(errors.StoppedError, match="SIGTERM: saved step 5"):
+        medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    with pytest.raises(errors.RunError, match=r"^steps: 24; expected 12, .* \(it is at step 5\)"):
+        medvdm.fit(tiny.config(steps=24), tmp_path / "run", resume=True, progress=False)
+    assert load(tmp_path / "run").config.training.steps == 12
+
+
+def test_by_default_a_short_run_saves_its_last_step_only(tmp_path: Path) -> None:
+    medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
+    assert [p.name for p in (tmp_path / "run" / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["12"]
+    medvdm.fit(tiny.config(checkpoint_every=5, keep_checkpoints=9), tmp_path / "exact", progress=False)
+    names = {p.name for p in (tmp_path / "exact" / CHECKPOINTS).iterdir() if p.name.isdigit()}
+    assert names == {"5", "10", "12"}
