@@ -26,7 +26,7 @@ from medvdm.evaluation import held_out
 from medvdm.runs import config as config_
 from medvdm.runs import fit
 from medvdm.runs.run import load
-from medvdm.runs.store import CARD, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, locked, read_json, read_lines
+from medvdm.runs.store import BEST, CARD, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, locked, read_json, read_lines
 from medvdm.training import loop
 from medvdm.training import step as step_
 from medvdm.training.batches import training_batches
@@ -495,33 +495,45 @@ def test_what_was_never_trained_cannot_be_used(tmp_path: Path) -> None:
 # --- Keeping the best, and extending ---------------------------------------------------------------------------------
 
 
-def test_the_best_weights_by_validation_are_kept(tmp_path: Path) -> None:
-    """A learning rate that makes things worse after a while: the best look is not the last one."""
-    config = tiny.config(steps=40, evaluate_every=4, checkpoint_every=40, keep_best=True, learning_rate=0.3, seed=3)
+def scripted_looks(monkeypatch: pytest.MonkeyPatch, ema: list[float]) -> None:
+    """Let the looks find these bounds with averaged weights, and ever better ones with raw weights."""
+    values = iter([x for number, value in enumerate(ema) for x in (-float(number), value)])
+    terms = dict.fromkeys(held_out.TERMS, 0.0)
+    monkeypatch.setattr(held_out, "quick", lambda *_, **__: {**terms, "vlb_bpd": next(values)})
+
+
+def test_the_best_weights_by_validation_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the look with the least bound of the averaged weights, here the third of six."""
+    scripted_looks(monkeypatch, [3.0, 4.0, 2.0, 2.5, 2.0, 5.0])
+    config = tiny.config(evaluate_every=2, checkpoint_every=2, keep_checkpoints=9, keep_best=True)
     medvdm.fit(config, tmp_path / "run", progress=False)
-    looks = [r for r in read_lines(tmp_path / "run" / EVALUATIONS) if r["weights"] == "ema"]
-    least = min(looks, key=lambda r: r["vlb_bpd"])
-    assert least["step"] < 40, "the run is to become worse, or this test shows nothing"
-    best = load(tmp_path / "run", step="best", ema=True)
-    assert best.step == least["step"] and best.provenance()["step"] == least["step"]
-    data = medvdm.data.load(config.data)
-    again = held_out.quick(
-        best.graph, best.params, data, data.indices("val"), batch_size=min(32, len(data.indices("val"))), labelled=True
-    )
-    assert again["vlb_bpd"] == pytest.approx(least["vlb_bpd"], rel=1e-5)
-    assert load(tmp_path / "run", step="best").weights == "raw" and load(tmp_path / "run").step == 40
+    for ema in (False, True):
+        best, then = load(tmp_path / "run", step="best", ema=ema), load(tmp_path / "run", step=6, ema=ema)
+        assert best.step == 6 and best.provenance()["step"] == 6
+        jax.tree.map(np.testing.assert_array_equal, best.params, then.params)
+    assert load(tmp_path / "run").step == 12
+    assert [p.name for p in (tmp_path / "run" / BEST).iterdir() if p.name.isdigit()] == ["6"]
 
 
-def test_the_best_is_kept_over_a_resume_and_may_be_asked_for_later(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "run")
+def test_the_best_is_kept_over_a_resume_and_may_be_asked_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_looks(monkeypatch, [3.0, 2.0, 1.0, 1.5])
+    config = tiny.config(steps=2, evaluate_every=1, checkpoint_every=1)
+    out = tmp_path / "run"
+    medvdm.fit(config, out, progress=False)  # looks 3 and 2: the last one is the best
     with pytest.raises(errors.MissingFileError, match="keep-best"):
-        load(tmp_path / "run", step="best")
-    looks = [r for r in read_lines(whole / EVALUATIONS) if r["weights"] == "ema"]
-    assert min(looks, key=lambda r: r["vlb_bpd"])["step"] == 12  # the last look is the best here
-    medvdm.fit(tiny.config(keep_best=True), tmp_path / "run", resume=True, progress=False)
-    assert load(tmp_path / "run", step="best").step == 12
-    a, b = load(tmp_path / "run", step="best", ema=True), load(whole, ema=True)
-    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+        load(out, step="best")
+    keeping = tiny.config(steps=2, evaluate_every=1, checkpoint_every=1, keep_best=True)
+    medvdm.fit(keeping, out, resume=True, progress=False)
+    assert load(out, step="best").step == 2
+    longer = tiny.config(steps=4, evaluate_every=1, checkpoint_every=1, keep_best=True)
+    medvdm.fit(longer, out, resume=True, progress=False)  # looks 1 and 1.5
+    assert load(out, step="best").step == 3 and load(out).step == 4
+    scripted_looks(monkeypatch, [0.5])
+    shutil.rmtree(out / CHECKPOINTS / "4")  # killed before the last checkpoint was whole
+    medvdm.fit(longer, out, resume=True, progress=False)
+    assert load(out, step="best").step == 4
 
 
 def test_a_finished_run_is_extended_along_the_longer_cosine(whole: Path, tmp_path: Path) -> None:
@@ -548,8 +560,8 @@ def test_a_finished_run_is_extended_along_the_longer_cosine(whole: Path, tmp_pat
     assert f"{rates[0]:.2g}" in note and f"{rates[1]:.2g}" in note and rates[1] > 10 * rates[0]
     assert "extended from 12 to 18 steps" in (out / CARD).read_text()
     assert load(out).step == 18
-    medvdm.fit(tiny.config(steps=20), out, resume=True, progress=False)  # and once more
-    assert read_json(out / CONFIG)["extended_from"] == [12, 18] and load(out).step == 20
+    with pytest.raises(errors.RunError, match="^steps: 17; expected 18"):
+        medvdm.fit(tiny.config(steps=17), out, resume=True, progress=False)
 
 
 def test_an_extension_that_was_killed_before_its_first_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
@@ -560,8 +572,8 @@ def test_an_extension_that_was_killed_before_its_first_checkpoint_goes_on(whole:
     assert load(out).step == 12
     medvdm.fit(tiny.config(steps=14), out, resume=True, progress=False)
     assert load(out).step == 14
-    with pytest.raises(errors.RunError, match="^steps: 13; expected 14"):
-        medvdm.fit(tiny.config(steps=13), out, resume=True, progress=False)
+    medvdm.fit(tiny.config(steps=15), out, resume=True, progress=False)  # and once more
+    assert read_json(out / CONFIG)["extended_from"] == [12, 14] and load(out).step == 15
 
 
 def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,9 +596,8 @@ def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch:
     assert load(tmp_path / "run").config.training.steps == 12
 
 
-def test_by_default_a_short_run_saves_its_last_step_only(tmp_path: Path) -> None:
-    medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
-    assert [p.name for p in (tmp_path / "run" / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["12"]
+def test_by_default_a_short_run_saves_its_last_step_only(whole: Path, tmp_path: Path) -> None:
+    assert [p.name for p in (whole / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["12"]
     medvdm.fit(tiny.config(checkpoint_every=5, keep_checkpoints=9), tmp_path / "exact", progress=False)
     names = {p.name for p in (tmp_path / "exact" / CHECKPOINTS).iterdir() if p.name.isdigit()}
     assert names == {"5", "10", "12"}
