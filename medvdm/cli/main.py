@@ -283,13 +283,14 @@ def _sample(argv: list[str]) -> int:
 
     args = parse(Sample, argv, "sample")
 
+    from medvdm.paths import local_path
     from medvdm.runs import provenance
     from medvdm.runs.run import load
     from medvdm.runs.sample import sample_to
 
-    provenance.check_path(Path(args.out))
+    provenance.check_path(local_path(args.out, "out"))
     first = _joined(args.processes)
-    sample_to(args.out, load(args.run, ema=args.ema), config=args.drawing)
+    sample_to(args.out, load(args.run, ema=args.ema, step=args.step), config=args.drawing)
     if first:
         print(f"{args.drawing.num} synthetic images: {args.out}")
     return 0
@@ -304,7 +305,7 @@ def _audit(argv: list[str]) -> int:
     from medvdm.runs.run import load, load_data
 
     first = _joined(args.processes)
-    run = load(args.run, ema=args.ema)
+    run = load(args.run, ema=args.ema, step=args.step)
     data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
     result = audit(run, data, args.audit)
     if first:

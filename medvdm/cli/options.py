@@ -19,6 +19,7 @@ from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
 
 RunFolder = Positional[Annotated[str, arg(metavar="RUN")]]
+Step = Annotated[int | Literal["best"] | None, arg(metavar="N|best")]
 Labels = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")]
 
 
@@ -71,7 +72,7 @@ class Train:
     training: TrainConfig = field(default_factory=TrainConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
     progress: bool = True
-    """Show a progress bar on stderr."""
+    """Say on stderr what is trained on what, with notes on the data, and show the progress."""
     processes: Processes = field(default_factory=Processes)
 
 
@@ -113,8 +114,8 @@ class Evaluate:
     image_size: int | None = None
     """Height and width of the run's images, to which any data are brought; no other is possible."""
     evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
-    step: int | None = None
-    """An earlier checkpoint that is still kept; by default the newest."""
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
     ema: bool = False
     """Evaluate the moving average of the weights."""
     json: bool = False
@@ -138,6 +139,8 @@ class Sample:
     out: Annotated[str, arg(metavar="FILE")]
     """File to write, .npz (images, labels, where they come from) or .png (a grid)."""
     drawing: Drawn = field(default_factory=Drawn)
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
     ema: bool = False
     """Use the moving average of the weights."""
     processes: Processes = field(default_factory=Processes)
@@ -159,6 +162,8 @@ class Audit:
     audit: Held = field(default_factory=Held)
     data_dir: Annotated[str | None, arg(metavar="PATH")] = None
     """Where the images are now; by default where they were."""
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
     ema: bool = False
     """Use the moving average of the weights."""
     json: bool = False

@@ -1,4 +1,4 @@
-r"""The optimiser, the training state and one training step. The loop around it is in :mod:`medvdm.runs.fit`.
+r"""The optimiser, the training state and one training step. The loop around it is in :mod:`medvdm.training.loop`.
 
 The learning rate is the product of a linear warm-up and a cosine decay,
 

@@ -297,7 +297,7 @@ def test_out_that_holds_a_run(run: Path, capfd: pytest.CaptureFixture[str]) -> N
     ("options", "names"),
     [
         ("--learning-rate 0.5", ["learning_rate: 0.5", "expected 0.01"]),
-        ("--steps 100", ["steps: 100", "expected 12"]),
+        ("--steps 10", ["steps: 10", "expected 12"]),
         ("--preset paper", ["preset: 'paper'", "'demo'"]),
         ("--no-conditional", ["conditional: False"]),
         ("--latent 5", ["latent: 5", "expected 4"]),
@@ -523,7 +523,7 @@ def test_a_truncated_checkpoint_on_the_command_line(run: Path, capfd: pytest.Cap
     before = tree(run)
     refused(capfd, "sample", run, "--out", run / "a.npz", names=[str(run / "checkpoints" / "12")])
     assert tree(run) == before
-    refused(capfd, "train", "--out", run, "--resume", names=[str(run / "checkpoints" / "12")])
+    refused(capfd, "train", "--out", run, "--resume", "--no-progress", names=[str(run / "checkpoints" / "12")])
     assert tree(run) == before
     gc.collect()
 
@@ -583,7 +583,7 @@ def test_a_disk_too_small_to_start(
     assert not list(disk.iterdir())
     # The same where the estimate is wrong: the baselines do not fit.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 10**9))
-    refused(capfd, "train", *tiny.options(), "--out", disk / "run", names=[str(disk), "space"])
+    refused(capfd, "train", *tiny.options(), "--no-progress", "--out", disk / "run", names=[str(disk), "space"])
     assert not list(disk.iterdir())
 
 

@@ -56,15 +56,13 @@ def test_train_prints_the_result_and_writes_the_run(trained: Trained) -> None:
 
 
 def test_progress_goes_to_stderr_only(trained: Trained) -> None:
-    """With the rate, the three terms and the time left."""
+    """With the bound, its three terms and the time left."""
     process = trained.process
     assert f"{STEPS}/{STEPS}" in process.stderr
     last = process.stderr.replace("\r", "\n").split("\n")[-2]
-    assert re.search(
-        r"\[\d\d:\d\d<\d\d:\d\d, .*(s/step|step/s), recon=[\d.e-]+, diff=[\d.e-]+, latent=[\d.e-]+\]", last
-    )
+    assert re.search(r"\d\d:\d\d left, total [\d.e-]+ recon [\d.e-]+ diff [\d.e-]+ prior [\d.e-]+$", last)
     assert "Warning" not in process.stderr
-    assert "recon=" not in process.stdout and "%" not in process.stdout
+    assert "recon " not in process.stdout and "%" not in process.stdout
 
 
 def test_train_without_data_uses_the_phantom(trained: Trained) -> None:
@@ -209,7 +207,7 @@ def caught_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Run
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = (DataConfig, VDMConfig, TrainConfig, KeepConfig)
     every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
-    assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective"}
+    assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective", "keep_best"}
     words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     config, rest = caught_config(
         monkeypatch,
@@ -218,6 +216,7 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
         *words,
         "--no-stratified-times",
         "--learn-ends",
+        "--keep-best",
         "--conditional",
         "--out",
         "there",
@@ -227,6 +226,7 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (
         found["stratified_times"] is False
         and found["learn_ends"] is True
+        and found["keep_best"] is True
         and found["conditional"] is True
         and found["preset"] == "paper"
     )
@@ -686,6 +686,7 @@ def test_the_manual_has_every_exit_code() -> None:
     kinds = [vars(errors)[name] for name in dir(errors) if name.endswith("Error") and name != "StoppedError"]
     assert len(kinds) > 5 and {kind.exit_code for kind in kinds} <= set(listed)
     assert "diverged" in listed[errors.DivergedError.exit_code]
+    assert "does not read back" in listed[errors.NotSavedError.exit_code]
 
 
 def test_ctrl_c_before_training_is_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
