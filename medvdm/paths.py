@@ -20,13 +20,14 @@ def local_path(path: str | Path, what: str) -> Path:
         what: the argument that it came from, for the error.
 
     Raises:
-        InputError: empty, a URL, a home folder of nobody, or a name that cannot be written on one line of text.
+        InputError: empty, a URL, a home folder of nobody, or a name with a line break or another control character.
     """
     text = os.fspath(path)
     if not text:
         raise InputError(f"{what}: ''; expected a path")
-    if not text.isprintable():  # a line break, another control character, or bytes that are not UTF-8
-        raise InputError(f"{what}: {text!a}; expected a path of printable characters")
+    # Bytes that are not UTF-8 are lone surrogates in Python: no pretty name, but one that the file system knows.
+    if not "".join(c for c in text if not "\ud800" <= c <= "\udfff").isprintable():
+        raise InputError(f"{what}: {text!a}; expected a path without control characters")
     if _URL.match(text):
         raise InputError(f"{what}: '{text}' is a URL; expected a path on a local or mounted file system")
     expanded = os.path.expanduser(text)

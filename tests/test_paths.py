@@ -20,7 +20,7 @@ def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert really == tmp_path / "~" / "run" and local_path(really, "out") == really
 
 
-@pytest.mark.parametrize("path", [".", "a", "/a/b/", "a b", "ü/日本", "a:b", "-x", "c:/run", "../a", "a~"])
+@pytest.mark.parametrize("path", [".", "a", "/a/b/", "a b", "ü/日本", "a:b", "-x", "c:/run", "../a", "a~", "caf\udce9"])
 def test_paths_stay_what_they_are(path: str) -> None:
     assert local_path(path, "out") == Path(path)
 
@@ -34,9 +34,8 @@ def test_paths_stay_what_they_are(path: str) -> None:
         ("file:///tmp/run", "is a URL"),
         ("hf+x.y://run", "is a URL"),
         ("~nobody-is-called-so/run", "no such user"),
-        ("a\nb", r"'a\nb'; expected a path of printable characters"),
+        ("a\nb", r"'a\nb'; expected a path without control characters"),
         ("a\x00b", r"'a\x00b'"),
-        ("a\udcffb", r"'a\udcffb'"),  # a byte that is not UTF-8
     ],
 )
 def test_what_is_no_path_is_refused_in_one_line(path: str | Path, found: str) -> None:

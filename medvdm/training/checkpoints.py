@@ -33,6 +33,8 @@ PATTERN_CHARACTERS = "*?[]\\"
 
 def check_folder(folder: Path, what: str) -> None:
     """Raise InputError for a folder in whose path (from the root) Orbax and TensorStore would lose a checkpoint."""
+    if not str(folder).isprintable():
+        raise InputError(f"{what}: {str(folder)!a}; expected a path in UTF-8 without control characters")
     found = sorted({character for character in str(folder.absolute()) if character in PATTERN_CHARACTERS})
     if found:
         raise InputError(

@@ -53,6 +53,11 @@ def test_folders_that_would_be_read_as_a_pattern_are_refused(tmp_path: Path, nam
     assert not folder.parent.exists()
 
 
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"caf\\udce9.*expected a path in UTF-8"):
+        check_folder(tmp_path / "caf\udce9", "out")
+
+
 def test_a_pattern_anywhere_above_a_relative_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "[old]").mkdir()
     monkeypatch.chdir(tmp_path / "[old]")
