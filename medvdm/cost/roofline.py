@@ -163,7 +163,10 @@ def optimiser_numbers(config: TrainConfig, *, fused: bool = True) -> int:
 
 
 def step_work(model: vdm.VDMConfig, config: TrainConfig, *, fused: bool = True) -> tuple[Phase, Phase, Phase]:
-    """The work of one training step: forward, backward, optimiser. See the module's head for what is counted.
+    """The work of one training step: forward, backward, optimiser.
+
+    Counted are the matrix products, each reading its operands and writing its result once, and what the optimiser
+    reads and writes; all that is element-wise between two products is free.
 
     Args:
         model, config: what is trained; the batch is ``config.batch_size``.

@@ -44,7 +44,11 @@ def cross_entropy(x: np.ndarray, p: np.ndarray) -> np.ndarray:
 def linear_gaussian_vdm(
     x: np.ndarray, mean: np.ndarray, components: np.ndarray, variances: np.ndarray, noise: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reconstruction and rate in nats per image, (n,) each, for images x (n, P); formulas in the module's head.
+    r"""Reconstruction and rate in nats per image, (n,) each, for images x (n, P).
+
+    With :math:`f = U (x - \mu)`, the rate is :math:`\tfrac12 \sum_k ( (f_k^2 + r^2) / (\lambda_k + r^2) - 1 +
+    \log ((\lambda_k + r^2) / r^2) )`. The reconstruction is the expected cross-entropy of the posterior mean
+    :math:`\mu + U^T \frac{\lambda}{\lambda + r^2} (f + r \epsilon)`.
 
     ``noise`` is r, one for all components or one for each, (k,). With k = 0 it is the mean image, at no rate.
     """
