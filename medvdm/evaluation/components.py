@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from medvdm.errors import InputError
@@ -108,9 +109,10 @@ def exact_components(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.
     """
     mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = x - mean
-    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-    order = np.argsort(values)[::-1][:k]
-    values, vectors = values[order], vectors[:, order]
+    gram = (centred @ centred.T).astype(np.float64)
+    largest = [max(len(x) - max(k, 1), 0), len(x) - 1]
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=largest, overwrite_a=True)  # in rising order
+    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
     useful = values > 1e-6 * max(values[0], 1e-30) if len(values) else np.zeros(0, bool)
     values, vectors = values[useful], vectors[:, useful]
     components = (vectors / np.sqrt(values)).T.astype(np.float32) @ centred
