@@ -169,10 +169,14 @@ def _short(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _headline(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The evaluation to speak of first: of the model's own held-out images, by its newest weights."""
+    """The evaluation to speak of first: of the model's own held-out images, by its newest weights and most draws."""
     own = [e for e in evaluations if e.get("split") in ("test", "val") and e.get("own_data") is not False]
     own = [e for e in own if isinstance(e.get("excess_bpd"), int | float)]
-    return max(own, key=lambda e: (e["split"] == "test", e.get("step") or 0, e.get("labels") != "null"), default=None)
+
+    def rank(e: Mapping[str, Any]) -> tuple[Any, ...]:
+        return e["split"] == "test", e.get("step") or 0, e.get("labels") != "null", e.get("draws") or 0
+
+    return max(own, key=rank, default=None)
 
 
 def _in_words(e: Mapping[str, Any]) -> list[str]:
@@ -190,7 +194,10 @@ def _in_words(e: Mapping[str, Any]) -> list[str]:
         if isinstance(floor, int | float) and isinstance(e.get(key), int | float)
     ]
     if others:
-        lines.append(f"**To compare with**, on the same images: {', '.join(others)}.")
+        compared = f"**To compare with**, on the same images: {', '.join(others)}."
+        if isinstance(e.get("mean_image_bpd"), int | float) and e["excess_bpd"] > e["mean_image_bpd"] - floor:
+            compared += " The model knows less than the mean image."
+        lines.append(compared)
     return lines
 
 
@@ -422,8 +429,8 @@ _MEANING = """### What the numbers mean
   number of pixels it looks tiny; it is not.
 - A Bernoulli 'likelihood' of gray values is not a normalised density. These numbers are **not comparable** with the
   bits/dim of models of 8-bit images.
-- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number here measures whether
-  samples are anatomically right, or whether they repeat training images.
+- The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number of the table measures
+  whether samples are anatomically right, or whether they repeat training images.
 - A dash means: not computed."""
 
 

@@ -316,6 +316,17 @@ def test_the_first_screen_speaks_of_new_images_of_the_own_data_only() -> None:
     assert "1,234 test images" in first_screen(model_card.model_card(record))
     record["evaluations"] += [{**EVALUATION, "excess_bpd": 0.03}, {**EVALUATION, "labels": "null", "excess_bpd": 0.02}]
     assert "it is 0.0300 bits" in first_screen(model_card.model_card(record)), "newest step, labels given"
+    record["evaluations"].append({**EVALUATION, "excess_bpd": 0.029, "draws": 8})
+    record["evaluations"].append({**EVALUATION, "excess_bpd": 0.031, "draws": 2})
+    assert "it is 0.0290 bits" in first_screen(model_card.model_card(record)), "most draws"
+
+
+def test_a_model_that_knows_less_than_the_mean_image_is_said_to() -> None:
+    record = record_of()
+    assert "knows less" not in first_screen(model_card.model_card(record))
+    record["evaluations"][0] |= {"excess_bpd": 0.15, "lingauss_bpd": 0.60931}
+    text = first_screen(model_card.model_card(record))
+    assert "a linear model without a network 0.0200, the mean image 0.1419. The model knows less than" in text
 
 
 def test_card_shows_each_audit_with_how_to_read_it() -> None:
