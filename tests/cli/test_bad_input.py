@@ -51,6 +51,8 @@ Usage = namedtuple("Usage", "total used free")
         ("--gamma-min 2 --gamma-max 1", ["gamma_min: 2.0", "gamma_max: 1.0"]),
         ("--gamma-min 1 --gamma-max 1", ["gamma_min: 1.0", "gamma_max: 1.0"]),
         ("--gamma-min nan", ["gamma_min", "nan"]),
+        ("--gamma-min -200 --gamma-max 200", ["-200.0, 200.0", "within +-33.3"]),
+        ("--dtype float16", ["float16", "float32, bfloat16"]),
         ("--gamma-max inf", ["gamma_max", "inf"]),
         ("--learning-rate nan", ["learning_rate: nan"]),
         ("--weight-decay inf", ["weight_decay: inf"]),
