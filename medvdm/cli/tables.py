@@ -8,13 +8,21 @@ from typing import Any
 def benchmark_table(result: dict[str, Any]) -> str:
     """The result for people."""
     shape = "x".join(map(str, result["image_shape"]))
+
+    def quartiles(name: str, digits: int) -> str:
+        low, high = result[f"{name}_quartiles"]
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
     lines = [
         f"preset {result['preset']}, images {shape}, batch {result['batch_size']}, "
         f"{result['parameters'] / 1e6:.1f} M parameters, on {result['environment']['devices']}",
-        f"  training step           {result['step_ms']:9.1f} ms (median of {result['repeats']})",
-        f"  plain JAX step          {result['plain_step_ms']:9.1f} ms, the same arithmetic, interleaved",
-        f"  ratio                   {result['ratio']:9.3f}    (median of paired ratios)",
-        f"  loop / step             {result['loop_over_step']:9.3f}    (input pipeline against a ready batch)",
+        f"  {'':<24}{'median':>9}    middle half of the repeats ({result['repeats']} pairs, in turns)",
+        f"  training step           {result['step_ms']:9.1f} ms {quartiles('step_ms', 1)}",
+        f"  plain JAX step          {result['plain_step_ms']:9.1f} ms {quartiles('plain_step_ms', 1)}; "
+        "the same arithmetic",
+        f"  step / plain step       {result['ratio']:9.3f}    {quartiles('ratio', 3)}; below 1, the library is faster",
+        f"  loop / step             {result['loop_over_step']:9.3f}    {quartiles('loop_over_step', 3)}; "
+        "1 where the input pipeline costs nothing",
         f"  peak memory             {result['peak_memory_gib']:9.2f} GiB (both states and their steps)",
     ]
     if "roofline" in result:

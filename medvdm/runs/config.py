@@ -124,7 +124,7 @@ class AuditConfig(SampleConfig):
 class BenchmarkConfig:
     """How a training step is timed."""
 
-    repeats: int = 20
+    repeats: int = 40
     """Timed pairs of steps, at least 3."""
     roofline: bool = False
     """Also measure the machine's ceilings and say how far above the least possible time the step is."""

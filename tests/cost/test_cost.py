@@ -19,7 +19,8 @@ import pytest
 from helpers import refused, said
 
 import medvdm
-from medvdm.cost import roofline
+from medvdm.cli.tables import benchmark_table
+from medvdm.cost import benchmark, roofline
 from medvdm.errors import InputError
 from medvdm.models import vdm
 from medvdm.training import step
@@ -196,6 +197,35 @@ def test_bad_input_is_refused_in_one_line(call: Any, names: str) -> None:
 def test_the_command_refuses_a_bad_option(capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "benchmark", "--roofline", "--repeats", "1", names=["repeats: 1"])
     refused(capfd, "benchmark", "--rooflin", names=["--rooflin"])
+
+
+def test_timed_calls_take_turns_and_none_always_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of our own: a takes 2 seconds and b 3, and the first of each pair a half more."""
+    now, order = [0.0], []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+
+    def call(name: str, seconds: float) -> None:
+        now[0] += seconds + (0.5 if len(order) % 2 == 0 else 0.0)
+        order.append(name)
+
+    a, b = benchmark.in_turns(lambda: call("a", 2.0), lambda: call("b", 3.0), 4)
+    assert "".join(order) == "abbaabba"
+    np.testing.assert_allclose(a, [2.5, 2, 2.5, 2])
+    np.testing.assert_allclose(b, [3, 3.5, 3, 3.5])
+
+
+def test_a_time_is_a_median_with_its_quartiles() -> None:
+    found = benchmark.spread("step_ms", np.array([5.0, 1.0, 2.0, 3.0, 4.0]), 2)
+    assert found == {"step_ms": 3.0, "step_ms_quartiles": [2.0, 4.0]}
+
+
+def test_the_table_says_which_way_is_good() -> None:
+    names = ("step_ms", "plain_step_ms", "ratio", "loop_over_step")
+    result = {name: 1.0 for name in names} | {f"{name}_quartiles": [0.9, 1.1] for name in names}
+    more = {"preset": "demo", "image_shape": [8, 8, 1], "batch_size": 4, "parameters": 1e6, "repeats": 7}
+    text = benchmark_table(result | more | {"environment": {"devices": "1 x cpu"}, "peak_memory_gib": 1.0})
+    assert "7 pairs" in text and text.count("0.900 to 1.100") == 2 and text.count("0.9 to 1.1;") == 1
+    assert "below 1, the library is faster" in text and "1 where the input pipeline costs nothing" in text
 
 
 @pytest.mark.slow
