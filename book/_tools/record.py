@@ -24,7 +24,7 @@ import jax
 import jsonschema
 from medvdm import data as data_
 from medvdm.cli import options
-from medvdm.cli.main import parse
+from medvdm.cli.parsing import parse
 from medvdm.data import ImageData
 from medvdm.runs import config as config_
 from medvdm.runs import presets, store

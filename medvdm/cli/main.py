@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import json
 import os
 import platform
-import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from medvdm.cli.parsing import parse
 from medvdm.cli.tables import audit_table, evaluation_table
 from medvdm.errors import InputError, MedvdmError, nearest
-
-T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,87 +127,6 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] not in commands:
         raise InputError(f"command: '{argv[0]}'; {nearest(argv[0], commands)}")
     return commands[argv[0]](argv[1:])
-
-
-def parse(kind: type[T], argv: list[str], command: str, default: T | None = None, **more: Any) -> Any:
-    """Parse a command's options with tyro; its boxed complaint becomes one line, an InputError."""
-    import tyro
-
-    if argv and argv[0].replace("_", "-").startswith("--tyro-"):  # completion scripts, which assert their arguments
-        raise InputError(f"{argv[0]}: unknown; expected an option of medvdm {command} (see medvdm {command} --help)")
-    tyro_cli = functools.partial(
-        tyro.cli,
-        kind,
-        args=argv,
-        prog=f"medvdm {command}",
-        default=default,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_registry(),
-        **more,
-    )
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return tyro_cli()
-    except SystemExit as stop:
-        if stop.code in (0, None):  # the help has been printed
-            raise
-    raise InputError(f"{_complaint(tyro_cli, argv)} (see medvdm {command} --help)")
-
-
-def _registry() -> Any:
-    """Tyro's rules, but the text 'None' is a text: folders and classes may bear that name."""
-    import tyro
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def text_or_nothing(info: Any) -> Any:
-        if set(typing.get_args(info.type)) != {str, type(None)}:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="STR",
-            instance_from_str=lambda given: given[0],
-            is_instance=lambda value: value is None or isinstance(value, str),
-            str_from_instance=lambda value: ["none" if value is None else value],
-        )
-
-    return registry
-
-
-def _complaint(tyro_cli: Callable[[], Any], argv: list[str]) -> str:
-    """What tyro has against the options, in one line; it prints a box that is broken at the terminal's width."""
-    said = io.StringIO()
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100000"  # no name is broken
-    try:
-        with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-            tyro_cli()
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-    words = "".join(" " if "\u2500" <= c <= "\u259f" else c for c in said.getvalue()).split()
-    text = " ".join(w for w in words if set(w) - set("-+|"))
-    text = re.split(r" (?:For full helptext|Argument helptext:)", text)[0].strip()
-    titles = "Parsing error|Value error|Unrecognized options|Missing argument|Required options|Invalid choice"
-    text = re.sub(rf"^({titles})\s+(?=\S)", "", text)
-    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.$", text):
-        choices = re.findall(r"'([^']*)'", found[3])
-        return f"{found[2]}: '{found[1]}'; {nearest(found[1], choices)}"
-    if found := re.match(r"Error parsing (\S+): invalid literal for int.*?: ('.*')$", text):
-        return f"{found[1]}: {found[2]}; expected a whole number"
-    if found := re.match(r"Error parsing (\S+): could not convert string to float: ('.*')$", text):
-        return f"{found[1]}: {found[2]}; expected a number"
-    if found := re.match(r"Missing value for argument '(\S+)'", text):
-        if not found[1].startswith("--"):
-            return f"{found[1].upper()}: missing; expected one (one that begins with '-' comes after '--')"
-        return f"{found[1]}: no value; expected one (one that begins with '-' is written {found[1]}=VALUE)"
-    if found := re.match(r"Missing from [\w ]+: (\S+) (?:[A-Z]+ )?(.*?)\.? \(required\)", text):
-        return f"{found[1]}: missing; expected the {found[2][0].lower()}{found[2][1:]}"
-    if found := re.match(r"Unrecognized options: (.*?)(?: Perhaps you meant: (--[\w-]+).*)?$", text):
-        for flag in (w.partition("=")[0] for w in argv if w.startswith("--") and w.endswith(f"={found[1]}")):
-            return f"{flag}: '{found[1]}'; expected no value after {flag}"
-        return f"{found[1]}: unknown" + (f"; did you mean '{found[2]}'?" if found[2] else "; expected nothing like it")
-    return re.sub(r"^Error parsing \w[\w.-]*: ", "", text)
 
 
 # The commands. Their options are in medvdm.cli.options; heavy modules are imported after the options are parsed.

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 import medvdm
 from medvdm import errors
 from medvdm.cli import options
-from medvdm.cli.main import main, parse
+from medvdm.cli.main import main
+from medvdm.cli.parsing import parse
 from medvdm.data import DataConfig
 from medvdm.models.vdm import VDMConfig
 from medvdm.runs import config as config_
@@ -328,6 +329,8 @@ def test_a_name_needs_no_equals_sign_unless_it_looks_like_an_option(name: str) -
         ("sample --out a.png", "RUN: missing; expected the folder of the run"),
         ("audit -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
         ("evaluate r s", "s: unknown"),
+        ("evaluate r --step bst", "--step: 'bst'; expected None or a whole number or best (see medvdm"),
+        ("evaluate r --image-size 2.5", "--image-size: '2.5'; expected None or a whole number (see medvdm"),
         ("evaluate r --draws", "--draws: no value; expected one"),
     ],
 )
