@@ -39,6 +39,7 @@ from medvdm.runs.store import (
     CHECKPOINTS,
     CONFIG,
     EVALUATIONS,
+    LOCK,
     METRICS,
     holds_run,
     locked,
@@ -149,6 +150,13 @@ def _check_out(out: Path, resume: bool) -> None:
     if not existing.is_dir():
         raise InputError(f"out: {existing} is a file; expected a folder or a new name")
     check_folder(out, "out")
+    if (out / LOCK).exists():
+        with locked(out):  # where a process is training into it right now, say so, and not what lies there already
+            pass
+    _check_content(out, resume)
+
+
+def _check_content(out: Path, resume: bool) -> None:
     if resume and not holds_run(out):
         raise RunError(f"out: {out} holds no run to resume; expected one, or no --resume to start it")
     if resume:
@@ -279,7 +287,7 @@ def _claimed(out: Path, resume: bool) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
-            _check_out(out, resume)  # another process may have finished a run here meanwhile
+            _check_content(out, resume)  # another process may have finished a run here meanwhile
             yield
     finally:
         if not holds_run(out):

@@ -49,11 +49,13 @@ def start_processes(coordinator: str | None, num_processes: int, process_id: int
         timeout: seconds to wait for the others. When they have passed, the process says so and ends with code 2.
 
     Raises:
-        InputError: a number out of range, an address that is none, no cluster that tells, or nobody answers there.
+        InputError: a number out of range, an address that is none, no cluster that tells, or nobody answers there; or
+            as :func:`available`.
     """
     if coordinator is None:
         if num_processes != 1 or process_id != 0:
             raise InputError(f"coordinator: missing, for process {process_id} of {num_processes}; expected HOST:PORT")
+        available()
         return
     if coordinator != "auto":
         host, _, port = coordinator.rpartition(":")
@@ -77,6 +79,7 @@ def start_processes(coordinator: str | None, num_processes: int, process_id: int
         raise InputError(f"coordinator: '{coordinator}': {reason}; expected an address that can be used") from None
     finally:
         late.cancel()
+    available()
 
 
 def _wait_for(host: str, port: int, timeout: float) -> None:
