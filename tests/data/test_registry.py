@@ -24,6 +24,20 @@ def test_names():
     assert data.names() == ("phantom", "nih", "folder", *medmnist.FLAGS)
 
 
+@pytest.mark.parametrize(
+    ("patient", "remainder"),
+    [("2", 1), ("13", 2), ("61", 4), ("patient-0001", 2)],  # by sha256sum and a calculator
+)
+def test_the_fixed_split_is_the_sha256_of_the_whole_id(patient, remainder):
+    assert data.split_of_patient(patient) == {0: "test", 1: "test", 2: "val"}.get(remainder, "train")
+
+
+def test_the_fixed_split_has_its_shares():
+    splits = [data.split_of_patient(f"patient {i}") for i in range(4000)]
+    for split, share in {"train": 0.7, "val": 0.1, "test": 0.2}.items():
+        assert abs(splits.count(split) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+
+
 def test_unknown_name_gives_the_nearest():
     refused("data: 'phantm'", "did you mean 'phantom'", "pneumoniamnist", data="phantm")
 
