@@ -87,6 +87,7 @@ def bound(
         InputError: values that are not finite or outside [0, 1], another shape than the run's, labels that do not fit
             or for an unconditional run, draws below 2, a batch size below 1, or a seed of more than 32 bits.
         InputTypeError: images or labels of another dtype.
+        RunError: labels, or the null, that the run was never trained with.
     """
     images = as_images(np.asarray(images))
     config = run.config.model
@@ -95,6 +96,7 @@ def bound(
     held_out.check_counts(draws, batch_size, seed)
     if draws < 2:
         raise InputError(f"draws: {draws}; expected at least 2, for a standard error")
+    run.require_trained(null=labels is None, labels=labels is not None)
     hot = None if labels is None else _multi_hot(np.asarray(labels), len(images), run)
     found = held_out.by_batches(
         lambda rows: (images[rows], None if hot is None else hot[rows]),

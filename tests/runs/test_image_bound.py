@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from helpers import Trained
 
 import medvdm
-from medvdm.errors import InputError, InputTypeError
+from medvdm.errors import InputError, InputTypeError, RunError
+from medvdm.runs import config as config_
 from medvdm.runs.bound import ImageBound
 from medvdm.runs.run import Run, load_data
 
@@ -97,3 +99,11 @@ def test_what_cannot_be_meant_is_refused(loaded: Run, given: tuple[np.ndarray, n
         with pytest.raises(kind, match=words) as caught:
             wrong()
         assert "\n" not in str(caught.value)
+
+
+def test_what_was_never_trained_is_refused(loaded: Run, given: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = given
+    for dropout, hot, words in ((0.0, None, "null .* was not trained"), (1.0, labels, "labels were not trained")):
+        run = dataclasses.replace(loaded, config=config_.change(loaded.config, label_dropout=dropout))
+        with pytest.raises(RunError, match=words):
+            medvdm.bound(run, images, hot, draws=2)
