@@ -64,6 +64,7 @@ def evaluation_table(r: dict[str, Any]) -> str:
             f"{r['run']} at step {r['step']}, {r['weights']} weights, {labels}",
             f"{r['data']}, split '{r['split']}': {r['num_images']} images of {r['num_patients']} patients, "
             f"{r['draws']} draws of noise",
+            *(f"  note: {note}" for note in r.get("notes", ()) if note.startswith("brought to")),
             line("reconstruction", r["reconstruction_bpd"]),
             line("diffusion", r["diffusion_bpd"], digits=6),
             line("latent (prior)", r["latent_bpd"], digits=6),

@@ -12,6 +12,7 @@ import pytest
 from helpers import STEPS, tree
 
 import medvdm
+from medvdm.cli.tables import evaluation_table
 from medvdm.data import ImageData, from_arrays
 from medvdm.errors import InputError, RunError
 from medvdm.runs import config as config_
@@ -183,6 +184,7 @@ def test_other_data_are_brought_to_the_runs_size_with_its_own_fit(fit: str, path
     assert data.notes[-1] == f"brought to the run's 16x16 pixels, fit '{fit}'"
     found = medvdm.evaluate(run, data, draws=1)
     assert found["notes"][-1] == data.notes[-1] and found["own_data"] is False
+    assert data.notes[-1] in evaluation_table(found)
 
 
 def test_the_runs_own_source_at_another_size_is_resized_like_any_other(path: Path, tmp_path: Path) -> None:
