@@ -126,7 +126,16 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in commands:
         raise InputError(f"command: '{argv[0]}'; {nearest(argv[0], commands)}")
+    _start_jax()
     return commands[argv[0]](argv[1:])
+
+
+def _start_jax() -> None:
+    """Import JAX, which reads its settings from the environment when it is imported."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as problem:  # JAX_ENABLE_X64=maybe, for example
+        raise InputError(f"environment: {problem}; expected a value that JAX takes, or the variable unset") from None
 
 
 # The commands. Their options are in medvdm.cli.options; heavy modules are imported after the options are parsed.

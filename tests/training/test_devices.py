@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -47,6 +49,26 @@ def test_the_command_line_refuses_a_platform_that_is_not_here(platform, command,
         pytest.skip(f"this machine has {platform}")
     assert process.returncode == 2 and err.splitlines()[-1].startswith(f"medvdm: JAX_PLATFORMS: '{platform}'"), err
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value"), [("JAX_ENABLE_X64", "maybe"), ("JAX_NUM_CPU_DEVICES", "two")])
+def test_a_setting_that_jax_does_not_take_is_refused_in_one_line(name: str, value: str, tmp_path) -> None:
+    process = tiny.start("train", "--out", tmp_path / "new", **{name: value})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("medvdm: environment: ") and value in err
+
+
+@pytest.mark.slow
+def test_a_first_process_that_waits_in_vain_ends_with_one_line() -> None:
+    """JAX itself would abort with a stack trace from C++."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"from medvdm.training.devices import start_processes; start_processes({address!r}, 2, 0, timeout=3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "not all processes joined within 3 s" in done.stderr.splitlines()[-1], done.stderr
 
 
 @pytest.mark.parametrize(
