@@ -140,13 +140,14 @@ def step(row: dict[str, Any]) -> dict[str, Any]:
     empty = peak_gib()
     shapes = jax.eval_shape(lambda: init_state(model, recipe))
     images = np.random.default_rng(0).random((recipe.batch_size, *model.image_shape), np.float32)
-    compiled = jit_step(model, recipe).lower(shapes, images, None).compile()
+    program = jit_step(model, recipe)
+    compiled = program.lower(shapes, images, None).compile()
     state = filled(shapes)
     images = jax.device_put(images)
 
     def call() -> Any:
         nonlocal state
-        state, _ = compiled(state, images, None)
+        state, _ = compiled(state, images, None, program.plan)
         return state
 
     time_ = timed(call)
