@@ -122,12 +122,13 @@ def step(row: dict[str, Any]) -> dict[str, float]:
 
 def checkpoint(row: dict[str, Any]) -> dict[str, float]:
     """Saving a whole state and reading it back, both to the end. The disk is the one that holds temporary files."""
-    import cost
     import jax
     from medvdm.runs import config as config_
     from medvdm.training.checkpoints import Checkpoints
     from medvdm.training.devices import Layout
     from medvdm.training.step import init_state
+
+    import cost
 
     config = cost.settings({**row, "latent": 64, "batch": 16, "dtype": "float32"})
     shapes = jax.eval_shape(lambda: init_state(config.model, config.training))
