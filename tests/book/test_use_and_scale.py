@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -248,15 +249,12 @@ def test_the_files_of_the_experiment_are_all_different(tmp_path):
 
 @pytest.mark.parametrize("page", ["use", "scale"])
 def test_every_library_name_in_code_spans_exists(page):
-    """`medvdm.x.y` in the text can be imported."""
-    import importlib
-
+    """`medvdm.x.y` in the text can be found by importing `medvdm.x`."""
     text = re.sub(r"```.*?```", "", (BOOK / "text" / f"{page}.md").read_text("utf8"), flags=re.DOTALL)
-    for name in set(re.findall(r"`(medvdm(?:\.\w+)+)", text)):
-        parts = name.split(".")
-        thing = importlib.import_module("medvdm")
-        for part in parts[1:]:
-            thing = getattr(thing, part)
+    found = set(re.findall(r"`(medvdm(?:\.\w+)+)", text))
+    assert found
+    for name in found:
+        pydoc.resolve(name)  # raises ImportError
 
 
 def test_the_example_of_from_arrays_in_the_readme_runs():
