@@ -143,14 +143,16 @@ def _start_jax() -> None:
 
 def _train(argv: list[str]) -> int:
     from medvdm.cli import options
+    from medvdm.paths import local_path
     from medvdm.runs.presets import PRESETS, preset
     from medvdm.runs.store import EVALUATIONS, holds_run, read_lines, read_record
 
     start, _ = parse(options.Start, argv, "train", add_help=False, return_unknown_args=True)
     if start.preset is not None and start.preset not in PRESETS:
         raise InputError(f"preset: '{start.preset}'; {nearest(start.preset, PRESETS)}")
-    if start.resume and start.out and holds_run(Path(start.out)):
-        base = read_record(Path(start.out))[1]  # what is not said again stays as it was
+    out = local_path(start.out, "out") if start.out else None
+    if start.resume and out and holds_run(out):
+        base = read_record(out)[1]  # what is not said again stays as it was
         if start.preset not in (None, base.preset):
             raise InputError(f"preset: '{start.preset}'; expected '{base.preset}', with which {start.out} was started")
     else:
@@ -249,7 +251,9 @@ def _benchmark(argv: list[str]) -> int:
 
     from medvdm.cli.tables import benchmark_table
     from medvdm.cost import benchmark
+    from medvdm.training.devices import available
 
+    available()  # refuses a platform that is not here
     result = benchmark.run(config, args.timing)
     print(json.dumps(result) if args.json else benchmark_table(result))
     return 0

@@ -7,7 +7,7 @@
 
 Names of sides: train, training; val, valid, validation, dev; test, testing, holdout; in any case, and with words that
 say nothing (train_data, Test1, val-images). A name that reads like a side and says more (test_covid), or one that is no
-side for sure (fold_0, eval), is refused, as are sides beside other folders, and sides at several depths.
+side for sure (fold_0, eval, imagesTr), is refused, as are sides beside other folders, and sides at several depths.
 A missing validation folder is carved out of train: the patients with hash bucket 2.
 
 Left out, and counted: files that are no images, DICOM files without a picture, masks (a file or folder named so, beside
@@ -35,7 +35,11 @@ _SIDES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "holdout", "heldout"), "test"),
 }
-_DOUBTFUL = {"eval", "evaluation", "fold", "folds", "kfold", "cv", "split", "splits", "partition", "unseen"}
+_DOUBTFUL = {
+    *("eval", "evaluation", "fold", "folds", "kfold", "cv", "split", "splits", "partition", "seen", "unseen"),
+    *("tr", "trn", "vl", "te", "ts", "tst", "trainval", "pretrain", "finetune", "internal", "external"),
+    *("entrenamiento", "prueba", "treino", "teste"),
+}
 _CLEAR = {"train", "training", "test", "testing", "validation"}  # no finding is called so
 _SAY_NOTHING = {
     *("data", "dataset", "set", "subset", "folder", "files", "image", "images", "img", "imgs", "pictures", "pics"),
@@ -392,7 +396,8 @@ def _check_labels(labels: Sequence[str], folder: Path) -> None:
         )
     folded: dict[str, str] = {}
     for label in labels:
-        other = folded.setdefault(" ".join(_words(label)), label)
+        signs = re.findall(r"[^\w\s.,-]|-$", label)  # TB+ and TB- differ, no-finding and No_Finding do not
+        other = folded.setdefault(" ".join(_words(label) + signs), label)
         if other != label:
             raise DataError(f"{folder}: has the label folders '{other}' and '{label}'; expected one spelling per label")
 

@@ -259,6 +259,12 @@ def test_resume_keeps_what_is_not_said_again(trained: Trained, monkeypatch: pyte
     assert {name for name in new if new[name] != old[name]} - FROM_DATA == {"checkpoint_every"}
 
 
+def test_resume_finds_the_run_in_the_home_folder(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(trained.path.parent))
+    config, _ = caught_config(monkeypatch, "--out", f"~/{trained.path.name}", "--resume")
+    assert config.model.latent == read_record(trained.path)[1].model.latent == tiny.SETTINGS["latent"]
+
+
 # Names that mean something to a parser
 
 NAMES = [
@@ -827,6 +833,16 @@ def test_sample_png_is_a_marked_grid(trained: Trained, tmp_path: Path, capfd: py
 
 
 # Benchmark
+
+
+def test_benchmark_refuses_a_platform_that_is_not_here(monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def none() -> None:
+        raise RuntimeError("Backend 'metal' is not in the list of known backends")
+
+    monkeypatch.setattr(jax, "devices", none)
+    assert main(["benchmark", "--image-size", "16"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("medvdm: JAX_PLATFORMS: ") and err.count("\n") == 1
 
 
 @pytest.mark.slow

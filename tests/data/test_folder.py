@@ -228,7 +228,7 @@ def test_names_and_places_of_splits(tmp_path, tree, train, val, test):
 @pytest.mark.parametrize("names", [
     ["fold_0", "fold_1"], ["Fold1", "Fold2"], ["train", "eval"], ["evaluation", "train"], ["cv1", "cv2"],
     ["train_covid", "train_normal"], ["test_positive", "healthy"], ["normal-train", "normal-test"],
-    ["split1", "split2"],
+    ["split1", "split2"], ["tr", "te"], ["imagesTr", "imagesTs"], ["trn", "tst"], ["internal", "external"],
     ["train", "other"], ["train", "test", "other"], ["NORMAL", "Training"], ["test", "NORMAL"],
 ])  # fmt: skip
 @pytest.mark.parametrize("tree", ["{}", "archive/{}", "{}/A"])
@@ -237,7 +237,7 @@ def test_names_that_may_be_splits_are_refused(tmp_path, names, tree):
     refused(DataError, tmp_path, tmp_path, "side of a split", "expected")
 
 
-@pytest.mark.parametrize("name", ["untested", "contest", "Validated", "latest", "Skin fold", "devic", "trainee"])
+@pytest.mark.parametrize("name", ["untested", "contest", "Validated", "latest", "Skin fold", "devic", "trainee", "TB"])
 def test_names_that_hold_such_letters_are_labels(tmp_path, name):
     assert folder.load(str(put(tmp_path, f"{name}/1.png", "other/2.png"))).class_names == tuple(sorted([name, "other"]))
 
@@ -253,6 +253,11 @@ def test_names_that_hold_such_letters_are_labels(tmp_path, name):
 ])  # fmt: skip
 def test_trees_that_are_not_clear_are_refused(tmp_path, names, words):
     refused(DataError, put(tmp_path, *names), tmp_path, words, "expected")
+
+
+@pytest.mark.parametrize("names", [("TB+", "TB-"), ("<5 mm", ">5 mm"), ("HER2+", "HER2")])
+def test_labels_may_differ_in_a_sign(tmp_path, names):
+    assert folder.load(str(put(tmp_path, *(f"{name}/1.png" for name in names)))).class_names == tuple(sorted(names))
 
 
 def test_one_folder_around_all_is_noted(tmp_path):
