@@ -2,8 +2,9 @@
 
     python book/experiments/quality.py RUN [RUN ...] --data-dir DIR
 
-For each run: 256 samples with T = 250, the held-out (test) images through encoder and decoder, 256 samples of the
-linear-Gaussian VDM, and as many training images as a yardstick.
+For each run: samples with T = 250, the held-out (test) images through encoder and decoder, samples of the
+linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size: that of the smaller
+split, and at most 256.
 
 * `audits`: what `medvdm audit` prints, one row per run and set;
 * `spectra`: mean radial power of each set at each scale, in bins of equal width in log k;
