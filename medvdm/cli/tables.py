@@ -101,6 +101,8 @@ AUDIT_ROWS = (
 )
 AUDIT_COLUMNS = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
 
+LEAST = 10  # images of a set, as `audit --num` asks for; the data may have fewer
+
 
 def audit_table(r: dict[str, Any]) -> str:
     """The result of an audit for people."""
@@ -112,16 +114,21 @@ def audit_table(r: dict[str, Any]) -> str:
 
     rows = [("", *columns.values())]
     rows += [(title, *(cell(column, key, digits) for column in columns)) for title, key, digits in AUDIT_ROWS]
+    few = [f"Fewer than {LEAST} images in a set: none of these numbers means much."] if r["num_images"] < LEAST else []
+    real = "real: the other held-out split, what chance does"
+    if "real" not in r:
+        real = "no column real: the other split is too small"
     of = f", label '{' and '.join(r['label'])}', guidance {r['guidance']:g}" if r["label"] else ""
     return "\n".join(
         [
             f"{r['run']} at step {r['step']}, {r['weights']} weights: samples with T = {r['steps_sampled']}{of}",
             f"each set: {r['num_images']} images; held against as many of the split '{r['split']}'",
             *(f"  {name:<29}{''.join(f'{text:>12}' for text in cells)}" for name, *cells in rows),
+            *few,
             "Good is: power 1; AUC 0.5 (a classifier cannot tell the set from real images; at",
             "1 it always can); all else as in the column real. Likeness above it: too alike.",
             "Fine power below 1: blurred. Nearest far below it: copies of training images.",
-            "real: the other held-out split, what chance does; decoded: held-out images through",
+            f"{real}; decoded: held-out images through",
             "encoder and decoder, the best samples can be; lin.-Gauss.: samples without a network.",
         ]
     )

@@ -75,7 +75,14 @@ def test_audit(missing: tuple[str, ...]) -> None:
     assert all(any(line.strip().startswith(title.strip()) for line in table.splitlines()) for title, *_ in AUDIT_ROWS)
     for words in ("power 1", "AUC 0.5", "as in the column real", "copies of training images", "70 images"):
         assert words in table
+    assert ("real: the other held-out split, what chance does" in table) == ("real" not in missing)
+    assert ("no column real: the other split is too small" in table) == ("real" in missing)
     assert max(map(len, table.splitlines())) <= 86
+
+
+@pytest.mark.parametrize(("num", "few"), [(9, True), (10, False)])
+def test_an_audit_of_few_images_says_so(num: int, few: bool) -> None:
+    assert ("Fewer than 10 images in a set" in audit_table({**AUDIT, "num_images": num})) == few
 
 
 def test_audit_of_labels_says_which() -> None:
