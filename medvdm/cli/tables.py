@@ -101,11 +101,11 @@ AUDIT_ROWS = (
 )
 AUDIT_COLUMNS = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
 
-LEAST = 10  # images of a set, as `audit --num` asks for; the data may have fewer
-
 
 def audit_table(r: dict[str, Any]) -> str:
     """The result of an audit for people."""
+    from medvdm.evaluation.audit import LEAST_IMAGES  # what starts the command line loads no numpy
+
     columns = {name: head for name, head in AUDIT_COLUMNS.items() if name in r}
 
     def cell(column: str, key: str, digits: int) -> str:
@@ -114,7 +114,11 @@ def audit_table(r: dict[str, Any]) -> str:
 
     rows = [("", *columns.values())]
     rows += [(title, *(cell(column, key, digits) for column in columns)) for title, key, digits in AUDIT_ROWS]
-    few = [f"Fewer than {LEAST} images in a set: none of these numbers means much."] if r["num_images"] < LEAST else []
+    few = (
+        [f"Fewer than {LEAST_IMAGES} images in a set: none of these numbers means much."]
+        if r["num_images"] < LEAST_IMAGES
+        else []
+    )
     real = "real: the other held-out split, what chance does"
     if "real" not in r:
         real = "no column real: the other split is too small"

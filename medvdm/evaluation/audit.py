@@ -116,6 +116,7 @@ def _check_matched(distance: np.ndarray) -> None:
 
 PCA = 64  #: components of the linear feature space, at most
 LEAST_PATIENTS = 4  #: of a set: two folds of two patients
+LEAST_IMAGES = 10  #: of a set; with fewer, none of the numbers means much
 
 
 class Set(NamedTuple):

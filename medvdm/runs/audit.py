@@ -13,7 +13,7 @@ from medvdm import data as data_
 from medvdm.data import ImageData
 from medvdm.errors import DataError, InputError
 from medvdm.evaluation import held_out as held_out_
-from medvdm.evaluation.audit import LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
+from medvdm.evaluation.audit import LEAST_IMAGES, LEAST_PATIENTS, Distances, Set, Space, compare_set, distances, draw
 from medvdm.models.vdm import Params
 from medvdm.runs.config import AuditConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card
@@ -22,7 +22,6 @@ from medvdm.runs.sample import check_seed, sample
 from medvdm.runs.store import AUDITS, check_writable, write_json
 from medvdm.training.devices import first_process, joined, own_parts
 
-LEAST = 10  #: images of a set; with fewer, none of the numbers means much
 PART = 2**24  #: values of the part of the training images that is in memory at a time: 64 MiB
 DEFAULTS = AuditConfig()
 
@@ -104,8 +103,8 @@ def audit_sets(
     """
     config = settings(config, changes)
     num, split, seed = config.num, config.split, config.seed
-    if num < LEAST:
-        raise InputError(f"num: {num}; expected at least {LEAST}")
+    if num < LEAST_IMAGES:
+        raise InputError(f"num: {num}; expected at least {LEAST_IMAGES}")
     if split not in ("val", "test"):
         raise InputError(f"split: '{split}'; expected held-out images, 'val' or 'test'")
     check_seed(seed)
@@ -121,7 +120,7 @@ def audit_sets(
     if (patients := _patients(held_out, data)) < LEAST_PATIENTS:
         raise InputError(f"split: '{split}' has images of {patients} patients; expected at least {LEAST_PATIENTS}")
     # A column of few images costs all sets their size.
-    yardstick = len(other) >= LEAST and _patients(other, data) >= LEAST_PATIENTS
+    yardstick = len(other) >= LEAST_IMAGES and _patients(other, data) >= LEAST_PATIENTS
     n = min(num, len(held_out), *([len(other)] if yardstick else []))
     held_out = held_out[draw(len(held_out), n, seed)]
     if yardstick:

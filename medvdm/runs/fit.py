@@ -264,14 +264,19 @@ def _announce(config: RunConfig, data: ImageData, notes: list[str]) -> None:
     splits = ", ".join(f"{of['images']:,} {split}" for split, of in counts.items())
     shape = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shape))
-    classes = f"{len(data.class_names)} classes" if config.model.classes else "unconditional"
+    people = sum(of["patients"] for of in counts.values())
+    classes = _counted(len(data.class_names), "class", "classes") if config.model.classes else "unconditional"
     lines = [
-        f"{data.name}: {len(data):,} images ({splits}) of {sum(of['patients'] for of in counts.values()):,} patients, "
+        f"{data.name}: {len(data):,} images ({splits}) of {_counted(people, 'patient', 'patients')}, "
         f"{' x '.join(map(str, data.image_shape))}, {classes}; {parameters:,} parameters; {describe()}",
         *(f"note: {note}" for note in (*data.notes, *data.check_splits(), *notes)),
     ]
     for line in lines:
         print(" ".join(line.split()), file=sys.stderr)
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from medvdm.errors import MedvdmError
+from medvdm.evaluation.audit import LEAST_IMAGES
 from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
 from medvdm.runs.store import AUDITS, CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
 
@@ -203,12 +204,13 @@ def _in_words(e: Mapping[str, Any]) -> list[str]:
 
 def _samples_in_words(a: Mapping[str, Any]) -> list[str]:
     samples = _part(a, "samples")
-    auc, fine = samples.get("c2st_pca"), samples.get("power_high")
+    auc, fine, size = samples.get("c2st_pca"), samples.get("power_high"), a.get("num_images")
     found = []
     if isinstance(auc, int | float):
+        few = "; so few images say little" if isinstance(size, int) and size < LEAST_IMAGES else ""
         found.append(
-            f"a simple classifier tells them from real images with AUC {_number(auc, _two)}"
-            " (0.5: not at all; 1: always)"
+            f"a simple classifier tells {_count(size)} of them from as many real images with AUC {_number(auc, _two)}"
+            f" (0.5: not at all; 1: always{few})"
         )
     if isinstance(fine, int | float):
         found.append(

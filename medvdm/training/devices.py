@@ -33,7 +33,7 @@ def available() -> list[jax.Device]:
         return jax.devices()
     except (RuntimeError, AssertionError) as problem:  # 'cuda' without its plug-in is a bare assertion in JAX
         asked = jax.config.jax_platforms or "the default"
-        reason = " ".join(str(problem).split()).split(" (")[0][:160]
+        reason = " ".join(str(problem).split()).split(" (")[0][:160].rstrip(".;")
         raise InputError(
             f"JAX_PLATFORMS: '{asked}' cannot be used here{f': {reason}' if reason else ''}; "
             "expected a platform that is installed, such as cpu, or the variable unset"

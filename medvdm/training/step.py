@@ -60,7 +60,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Clip the global norm of the gradient (of bits per dimension) to this; 0 is off."""
     ema_decay: float = 0.0
-    """Decay of the exponential moving average of the weights, reached from below (see `ema_decay`); 0 is off."""
+    """Decay of the exponential moving average of the weights, short for the first steps; 0 is off."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null during training (conditional models only)."""
     gradient_difference_weight: float = 0.0

@@ -297,7 +297,7 @@ def test_the_first_screen_is_in_plain_words() -> None:
         "measured on 1,234 test images of 617 patients that were not trained on, it is 0.0273 bits per pixel above",
         "smaller is better",
         "the mean image 0.1419.",  # 0.7312 - 0.58931
-        "a simple classifier tells them from real images with AUC 0.99 (0.5: not at all; 1: always)",
+        "a simple classifier tells 70 of them from as many real images with AUC 0.99 (0.5: not at all; 1: always)",
         "their fine detail has 26 % of the power of real images'",
     ):
         assert words in text, words
@@ -345,6 +345,10 @@ def test_card_shows_each_audit_with_how_to_read_it() -> None:
     card = model_card.model_card(record)
     assert card.count("| samples | decoded | real | good |") == 2 and "drawn for Pneumonia and a\\|b." in card
     assert "AUC 0.70" in first_screen(card), "the last audit"
+    assert "say little" not in first_screen(card)
+    record["audits"] = [{**AUDIT, "num_images": 5}]
+    assert "tells 5 of them" in first_screen(model_card.model_card(record))
+    assert "so few images say little" in first_screen(model_card.model_card(record))
     record["audits"] = []
     card = model_card.model_card(record)
     assert "## Audit" not in card and "What its samples are like: not measured" in first_screen(card)
