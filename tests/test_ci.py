@@ -1,11 +1,13 @@
-"""What `make test` may skip: only what has passed on the very same tree."""
+"""What `make test` may skip, only what has passed on the very same tree; and what `make` installs."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "once.py"
 
@@ -73,3 +75,15 @@ def test_without_git_nothing_is_skipped(once, tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert once() == (0, True)
     assert once() == (0, True)
+
+
+def test_the_tested_versions_install_on_the_least_python():
+    """Systems ship Python 3.11 of any patch level (Debian 12: 3.11.2), and packages can ask for a later one."""
+    lines = (SCRIPT.parent / "constraints.txt").read_text("utf8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    asks = {}
+    for name, version in pinned.items():
+        found = importlib.metadata.distribution(name)  # installed, since make installs what it pins
+        assert found.version == version, name
+        asks[name] = found.metadata["Requires-Python"] or ""
+    assert [name for name, wanted in asks.items() if "3.11.0" not in SpecifierSet(wanted)] == []
