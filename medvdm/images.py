@@ -34,6 +34,21 @@ def as_unit_float(images: np.ndarray, name: str = "images") -> np.ndarray:
     return images.astype(np.float32, copy=False)
 
 
+def to_levels(images: np.ndarray, name: str = "images") -> np.ndarray:
+    """Images as the 256 gray levels of an 8-bit likelihood: uint8 as it is, floats x in [0, 1] as floor(255 x + 1/2).
+
+    Every value that was made as level / 255 gives its level back. The rule is computed without a rounding error of its
+    own, so it depends on the float32 value of x alone.
+
+    Raises: as :func:`as_unit_float`.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    scaled = np.multiply(as_unit_float(images, name), 255, dtype=np.float64)  # exact: 24 bits by 8
+    return (scaled + 0.5).astype(np.uint8)  # a cast of what is not negative is its floor
+
+
 def channels_last(images: np.ndarray, name: str = "images") -> np.ndarray:
     """Images as (N, H, W, C) with C = 1 or 3, without guessing which axis is which.
 

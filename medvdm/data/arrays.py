@@ -64,7 +64,9 @@ def from_arrays(
     if images.dtype == np.uint8:  # kept as it is, a quarter of the memory, and scaled when read
         images = images.copy() if images.flags.writeable else images
         low, high = int(images.min()) / 255, int(images.max()) / 255
+        rounded_from: tuple[str, ...] = ()
     else:
+        rounded_from = (f"arrays of {given.dtype}",)
         images = as_unit_float(images)
         images = images.copy() if np.may_share_memory(images, given) and images.flags.writeable else images
         low, high = float(images.min()), float(images.max())
@@ -94,9 +96,9 @@ def from_arrays(
         splits=where,
         split_rule="given by the caller" if splits is not None else "sha256 of the patient, mod 10",
         image_shape=tuple(images.shape[1:]),
-        reader=lambda i: as_unit_float(images[i]),
+        reader=lambda i: images[i],
         notes=tuple(notes),
-        reading=Reading(seen=n, read=n, stored_range=(low, high), guessed=guessed),
+        reading=Reading(seen=n, read=n, stored_range=(low, high), guessed=guessed, rounded_from=rounded_from),
     )
 
 

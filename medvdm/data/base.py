@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medvdm.data import content
+from medvdm.data.levels import LevelUse, level_use
 from medvdm.errors import DataError, InputError, InputTypeError, nearest
+from medvdm.images import as_unit_float, to_levels
 
 SPLITS = ("train", "val", "test")
 _SPLIT_LIST = "'train', 'val' or 'test'"
@@ -47,6 +49,8 @@ class Reading:
         stored_range: least and largest stored value that was read, as fractions of what the files could hold: (0, 0.06)
             is 12 bits in a 16-bit file. None where it is not known before every pixel has been read.
         guessed: one line for each thing that was not stated and had to be guessed.
+        rounded_from: what may put gray values between two of 256 levels, such as 'files of 16 bits' or 'resized from
+            1024 x 1024'; nothing where all are stored in 8 bits and read as they are.
     """
 
     seen: int
@@ -54,6 +58,7 @@ class Reading:
     skipped: Mapping[str, int] = field(default_factory=dict)
     stored_range: tuple[float, float] | None = None
     guessed: tuple[str, ...] = ()
+    rounded_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +75,11 @@ class ImageData:
         splits: N strings out of :data:`SPLITS`.
         split_rule: one line that says how the split was made.
         image_shape: (height, width, channels).
-        reader: maps an integer array of n positions to float32 of shape (n, height, width, channels) in [0, 1].
+        reader: maps an integer array of n positions to images (n, height, width, channels) as the source keeps them:
+            uint8, or float in [0, 1].
         notes: what a reader of the model card should know (missing files, resizing, unknown patients).
         reading: what was looked at, read, skipped and guessed, as counts.
-        digests: gives one digest per image, equal for equal pictures; None hashes what ``reader`` gives.
+        digests: gives one digest per image, equal for equal pictures; None hashes what ``read`` gives.
 
     Raises:
         InputError: shapes that do not fit together, labels other than 0 and 1, unknown splits, class names that are
@@ -154,6 +160,30 @@ class ImageData:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Images at ``indices``: float32 of shape (n, height, width, channels) in [0, 1]."""
+        return as_unit_float(self._stored(indices))
+
+    def levels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Gray levels 0 to 255 at ``indices``: uint8 of shape (n, height, width, channels), for an 8-bit likelihood.
+
+        What is stored in 8 bits and not resized comes out as it is stored. Any other value x in [0, 1] is rounded to
+        level floor(255 x + 1/2); :meth:`level_use` says whether that happens, and why.
+        """
+        return to_levels(self._stored(indices))
+
+    def level_use(self) -> LevelUse:
+        """What the training images make of the 256 levels: rounding, contrast, gaps; read once, from a sample.
+
+        Raises:
+            DataError: no training image.
+        """
+        return self._level_use
+
+    @functools.cached_property
+    def _level_use(self) -> LevelUse:
+        why = () if self.reading is None else self.reading.rounded_from
+        return level_use(self.reader, self.indices("train"), why)
+
+    def _stored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return self.reader(np.asarray(indices, dtype=np.int64))
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -206,7 +236,7 @@ class ImageData:
 
     @functools.cached_property
     def _digests(self) -> tuple[bytes, ...]:
-        return self.digests() if self.digests is not None else content.of_images(self.reader, len(self))
+        return self.digests() if self.digests is not None else content.of_images(self.read, len(self))
 
     def fingerprint(self) -> str:
         """A short hash of names, classes, labels, patients, splits, shape and every image: is this the same data?

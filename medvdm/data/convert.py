@@ -82,9 +82,11 @@ def header(path: Path) -> Header:
             width, height = _upright_size(image)
             is_uint8 = image.mode in ("1", "L", *_COLOUR_MODES)
             unit = "8 bits" if is_uint8 else f"{_bits(image)} bits" if image.mode != "F" else "float"
-            pictures = getattr(image, "n_frames", 1)
-            remarks = ("hold further pictures, which are not read",) if pictures > 1 else ()
-            return Header(height, width, is_uint8, unit, remarks)
+            remarks = {
+                "hold further pictures, which are not read": getattr(image, "n_frames", 1) > 1,
+                "lossily compressed (JPEG)": _is_jpeg(image),
+            }
+            return Header(height, width, is_uint8, unit, tuple(text for text, true in remarks.items() if true))
 
 
 def read_stored(path: Path) -> Stored:
@@ -264,7 +266,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
-_DEFLATE = (8, 32946)
+_DEFLATE, _JPEG = (8, 32946), (6, 7)  # kinds of compression
 
 
 def _kind(start: bytes, path: Path) -> str | None:
@@ -381,6 +383,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     known = image.format in ("JPEG", "MPO") or "exif" in image.info
     turned = known and image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else image.size
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") or (image.format == "TIFF" and image.tag_v2.get(259) in _JPEG)
 
 
 def _bits(image: Image.Image) -> int:

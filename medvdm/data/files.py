@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,7 +18,6 @@ import numpy as np
 from medvdm.data import content, convert
 from medvdm.data.stored import Header, NoImageError, Window
 from medvdm.errors import DataError, InputError, MissingFileError
-from medvdm.images import as_unit_float
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels kept in memory; more is decoded anew at every read
 WINDOWS = ("full", "data", "percentile")
@@ -43,11 +42,13 @@ class FileImages:
     """Images from files, all of one shape: what a source passes on to ImageData.
 
     Attributes:
-        reader: maps integer positions to float32 images in [0, 1].
+        reader: maps integer positions to images: uint8 if that is what all files hold and none is resized, otherwise
+            float32 in [0, 1].
         image_shape: (height, width, 1).
         notes: what a reader of the model card should know.
         stored_range: least and greatest stored value as fractions of what the files could hold; None if a file states
             no range.
+        rounded_from: what may put gray values between two of 256 levels, see :class:`medvdm.data.Reading`.
         digests: gives one digest per file, of its bytes and of whatever changes the picture after decoding.
         pictures: one key per file, the same for files with the same picture (images in memory) or the same bytes.
     """
@@ -56,6 +57,7 @@ class FileImages:
     image_shape: tuple[int, int, int]
     notes: tuple[str, ...]
     stored_range: tuple[float, float] | None
+    rounded_from: tuple[str, ...]
     digests: Callable[[], tuple[bytes, ...]] = field(repr=False)
     pictures: tuple[bytes, ...] = field(repr=False)
 
@@ -189,7 +191,8 @@ def open_images(
     heads = threaded(convert.header, paths) if found is None else list(found)
     height, width = (image_size, image_size) if image_size is not None else _common_size(paths, heads)
     limits, window_notes = _window(paths, heads, window, range(len(paths)) if training is None else training)
-    keep_bytes = image_size is None and limits is None and all(head.is_uint8 for head in heads)
+    resized = any((head.height, head.width) != (height, width) for head in heads)
+    keep_bytes = not resized and limits is None and all(head.is_uint8 for head in heads)
     dtype = np.dtype(np.uint8 if keep_bytes else np.float32)
     decoder = _Decoder(tuple(paths), (height, width), image_size, fit, limits, dtype)
     shape = (len(paths), height, width, 1)
@@ -202,7 +205,7 @@ def open_images(
                 decoded[index] = replace(one, image=None)
 
         def reader(indices: np.ndarray) -> np.ndarray:
-            return as_unit_float(kept[indices])
+            return kept[indices]
 
         pictures = [decoded[index].picture for index in range(len(paths))]
     else:
@@ -210,7 +213,7 @@ def open_images(
         decoded = {i: replace(one, image=None) for i, one in zip(sample, threaded(decoder.decode, sample), strict=True)}
 
         def reader(indices: np.ndarray) -> np.ndarray:
-            return as_unit_float(decoder(indices))
+            return decoder(indices)
 
         pictures = same_files(paths)
     ranges, range_notes = _range_notes(decoded, heads, len(paths), limits)
@@ -222,6 +225,7 @@ def open_images(
         image_shape=(height, width, 1),
         notes=notes,
         stored_range=ranges,
+        rounded_from=_rounded_from(heads, (height, width), limits),
         digests=lambda: content.of_files(paths, changed),
         pictures=tuple(pictures),
     )
@@ -249,7 +253,7 @@ def same_files(paths: Sequence[Path]) -> list[bytes]:
 def in_memory(
     read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Read all images once if they fit in MEMORY_LIMIT; give a reader of float32 with the same values either way.
+    """Read all images once if they fit in MEMORY_LIMIT; give a reader of the same images either way.
 
     Args:
         read: maps integer positions to images of ``dtype``: uint8, or float32 in [0, 1].
@@ -257,11 +261,11 @@ def in_memory(
         dtype: uint8 or float32.
     """
     if not fits_in_memory(shape, dtype):
-        return lambda indices: as_unit_float(read(indices))
+        return read
     kept = np.empty(shape, dtype)
     for block in _blocks(shape[0]):
         kept[block] = read(block)
-    return lambda indices: as_unit_float(kept[indices])
+    return lambda indices: kept[indices]
 
 
 def threaded(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
@@ -513,8 +517,7 @@ def _size_notes(headers: Sequence[Header], image_size: int | None, fit: convert.
     sizes = Counter((header.height, header.width) for header in headers)
     if set(sizes) == {(image_size, image_size)}:
         return ()
-    listed = _text(next(iter(sizes))) if len(sizes) == 1 else f"{len(sizes)} different sizes"
-    notes = [f"resized from {listed} (width x height) to {image_size} x {image_size} pixels"]
+    notes = [f"resized from {_listed(sizes)} (width x height) to {image_size} x {image_size} pixels"]
     not_square = sum(count for (height, width), count in sizes.items() if height != width)
     if not_square:
         how = {"pad": "padded with black", "crop": "cropped to the centre square", "stretch": "stretched to a square"}
@@ -522,6 +525,21 @@ def _size_notes(headers: Sequence[Header], image_size: int | None, fit: convert.
     if any(min(size) < image_size for size in sizes):
         notes.append("some images were smaller than that and were enlarged")
     return tuple(notes)
+
+
+def _rounded_from(heads: Sequence[Header], size: tuple[int, int], window: Window | None) -> tuple[str, ...]:
+    kinds = dict.fromkeys(",".join(head.unit.split(",")[:2]) for head in heads if not head.is_uint8)
+    reasons = [f"files of {kind}" for kind in kinds]
+    if window is not None:
+        reasons.append(f"window {window[0]:g},{window[1]:g}")
+    sizes = {(head.height, head.width) for head in heads}
+    if sizes != {size}:
+        reasons.append(f"resized from {_listed(sizes)}")
+    return tuple(reasons)
+
+
+def _listed(sizes: Collection[tuple[int, int]]) -> str:
+    return _text(next(iter(sizes))) if len(sizes) == 1 else f"{len(sizes)} different sizes"
 
 
 def _text(size: tuple[int, ...]) -> str:

@@ -161,6 +161,7 @@ def load(
             skipped=dict(Counter(skipped.values())),
             stored_range=images.stored_range,
             guessed=(*layout_notes, *(note for note in patient_notes if "unknown" in note)),
+            rounded_from=images.rounded_from,
         ),
         digests=lambda: tuple(digest for i, digest in enumerate(images.digests()) if i in kept),
     )

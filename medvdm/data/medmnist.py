@@ -87,13 +87,16 @@ def load(flag: str, data_dir: str | None = None, image_size: int | None = None, 
     ids = _ids(splits)
     notes.append("the file names no patients: its split is kept, but whether it divides by patient is not known here")
     reader, shape = _reader(images, image_size, fit)
+    rounded_from: tuple[str, ...] = ()
     digests = None  # of what the reader gives, which is exactly what the file holds
     if shape != images.shape[1:3]:
         # Of the file's own pixels, taken now so that they need not be kept: resized floats may differ by machine.
         changed = [fit] if images.shape[1] != images.shape[2] else []
         taken = content.of_images(lambda indices: as_unit_float(images[indices]), len(ids), changed)
         digests = lambda: taken  # noqa: E731
-        notes.append(f"resized from {images.shape[2]} x {images.shape[1]} to {image_size} x {image_size} pixels")
+        resized = f"resized from {images.shape[2]} x {images.shape[1]}"
+        notes.append(f"{resized} to {image_size} x {image_size} pixels")
+        rounded_from = (resized,)
     return ImageData(
         name=flag,
         origin=f"{info.what} of MedMNIST (Yang et al., Scientific Data 2023; {info.license}), file {path.name}",
@@ -106,7 +109,12 @@ def load(flag: str, data_dir: str | None = None, image_size: int | None = None, 
         image_shape=(*shape, info.channels),
         reader=reader,
         notes=tuple(notes),
-        reading=Reading(seen=len(ids), read=len(ids), stored_range=(int(images.min()) / 255, int(images.max()) / 255)),
+        reading=Reading(
+            seen=len(ids),
+            read=len(ids),
+            stored_range=(int(images.min()) / 255, int(images.max()) / 255),
+            rounded_from=rounded_from,
+        ),
         digests=digests,
     )
 
@@ -249,9 +257,9 @@ def _ids(splits: np.ndarray) -> tuple[str, ...]:
 def _reader(
     images: np.ndarray, image_size: int | None, fit: Fit
 ) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int]]:
-    """A reader of float32 images and their (height, width)."""
+    """A reader of images, uint8 as in the file or resized float32, and their (height, width)."""
     if image_size is None or images.shape[1:3] == (image_size, image_size):
-        return lambda indices: as_unit_float(images[indices]), images.shape[1:3]
+        return lambda indices: images[indices], images.shape[1:3]
 
     def resized(indices: np.ndarray) -> np.ndarray:
         new = [resize(image, image_size, fit) for image in as_unit_float(images[indices])]

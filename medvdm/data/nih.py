@@ -95,7 +95,13 @@ def load(data_dir: str | None, image_size: int | None = None, fit: Fit = "pad") 
         image_shape=images.image_shape,
         reader=images.reader,
         notes=(*notes, *images.notes),
-        reading=Reading(seen=len(paths), read=len(names), skipped=dict(+skipped), stored_range=images.stored_range),
+        reading=Reading(
+            seen=len(paths),
+            read=len(names),
+            skipped=dict(+skipped),
+            stored_range=images.stored_range,
+            rounded_from=images.rounded_from,
+        ),
         digests=images.digests,
     )
 

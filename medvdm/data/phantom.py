@@ -220,7 +220,7 @@ def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0
         image_shape=(size, size, 1),
         reader=_reader(num_images, size, seed),
         notes=("drawn, not measured: shapes and grey levels resemble a radiograph, no finding in it is real",),
-        reading=Reading(seen=num_images, read=num_images),
+        reading=Reading(seen=num_images, read=num_images, rounded_from=("drawn as float32",)),
         digests=lambda: _digests(num_images, size, seed),
     )
 

@@ -83,7 +83,8 @@ def model_card(record: Mapping[str, Any]) -> str:
             * ``config``: the settings, as :func:`medvdm.runs.config.to_json` gives them;
             * ``data``: ``name``, ``origin``, ``split_rule``, ``counts`` (by split: ``images``, ``patients``),
               ``class_names``, ``image_shape``, ``fingerprint``, ``reading`` (``seen``, ``read``, ``skipped``,
-              ``stored_range``, ``guessed``), ``notes``;
+              ``stored_range``, ``guessed``), ``level_use`` (of a model of gray levels: ``images``, ``distinct``,
+              ``distinct_per_image``), ``notes``;
             * ``environment``: versions and devices by name;
             * ``notes``: what a reader should know of the training, one line each;
             * ``training``: ``steps_done``, ``seconds``, ``last`` (terms of the last step);
@@ -282,6 +283,11 @@ def _data(data: Mapping[str, Any]) -> str:
     if data.get("class_names"):
         lines.append(f"Classes: {', '.join(map(_inline, data['class_names']))}")
     lines += _reading(_part(data, "reading"))
+    if use := _part(data, "level_use"):
+        lines.append(
+            f"Gray levels: {_count(use.get('distinct'))} of 256 occur in {_count(use.get('images'))} training images, "
+            f"{_number(use.get('distinct_per_image'), lambda v: f'{v:.0f}')} in the median image"
+        )
     lines += [f"Note: {_inline(note)}" for note in data.get("notes") or ()]
     text = "## Data\n\n" + _bullets(lines)
     if counts := data.get("counts"):

@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 from medvdm.data import ImageData, Reading
+from medvdm.data.levels import LevelUse
 from medvdm.training.devices import describe
 
 
@@ -26,8 +27,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def data_record(data: ImageData) -> dict[str, Any]:
+def data_record(data: ImageData, *, integers: bool = False) -> dict[str, Any]:
     """What the model card and a resumed run need to know of the data, as JSON.
+
+    Args:
+        data: the images.
+        integers: whether the model takes gray levels: then also how many of the 256 the training images use
+            (the notes on them are :attr:`medvdm.data.levels.LevelUse.notes`).
 
     Raises:
         DataError: nothing to train on, see :meth:`medvdm.data.ImageData.check_splits`.
@@ -41,6 +47,7 @@ def data_record(data: ImageData) -> dict[str, Any]:
         "image_shape": list(data.image_shape),
         "fingerprint": data.fingerprint(),
         "reading": None if data.reading is None else _reading(data.reading),
+        "level_use": _level_use(data.level_use()) if integers else None,
         "notes": [*data.notes, *data.check_splits()],
     }
 
@@ -52,4 +59,14 @@ def _reading(reading: Reading) -> dict[str, Any]:
         "skipped": dict(reading.skipped),
         "stored_range": None if reading.stored_range is None else list(reading.stored_range),
         "guessed": list(reading.guessed),
+        "rounded_from": list(reading.rounded_from),
+    }
+
+
+def _level_use(use: LevelUse) -> dict[str, Any]:
+    return {
+        "images": use.images,
+        "distinct": use.distinct,
+        "distinct_per_image": use.distinct_per_image,
+        "rounded": use.rounded,
     }

@@ -26,7 +26,14 @@ def training_indices(data: ImageData, batch_size: int) -> np.ndarray:
 
 
 def training_batches(
-    data: ImageData, *, batch_size: int, seed: int, start: int = 0, rows: slice = slice(None), read_ahead: int = 4
+    data: ImageData,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rows: slice = slice(None),
+    read_ahead: int = 4,
+    integers: bool = False,
 ) -> Iterator[Batch]:
     """Endless batches of the training split: images (b, h, w, c) float32 in [0, 1], labels (b, k) float32.
 
@@ -37,17 +44,19 @@ def training_batches(
         start: the number of the first batch, which is the number of steps already taken.
         rows: which rows of each global batch to read (one process's share); all by default.
         read_ahead: batches kept ready.
+        integers: images as uint8 gray levels (:meth:`medvdm.data.ImageData.levels`), for an 8-bit likelihood.
 
     Raises:
         InputError: the batch is larger than the training split.
     """
     indices = training_indices(data, batch_size)
+    images_at = data.levels if integers else data.read
     # A number of epochs that no run reaches: an endless repeat overflows with batches of one image.
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat(2**31).batch(batch_size)
 
     def read(positions: np.ndarray) -> Batch:
         mine = indices[positions[rows]]
-        return _aligned(data.read(mine)), data.labels[mine].astype(np.float32)
+        return _aligned(images_at(mine)), data.labels[mine].astype(np.float32)
 
     ready = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
     batches = iter(order.map(read).to_iter_dataset(ready))
@@ -75,9 +84,15 @@ def padded_rows(n: int, batch_size: int) -> list[np.ndarray]:
     return [np.where(np.arange(f, f + batch_size) < n, np.arange(f, f + batch_size), f) for f in firsts]
 
 
-def padded_batches(data: ImageData, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """``indices`` in order, in batches as of :func:`padded_rows`, each with its number of real rows."""
+def padded_batches(
+    data: ImageData, indices: np.ndarray, batch_size: int, *, integers: bool = False
+) -> Iterator[tuple[Batch, int]]:
+    """``indices`` in order, in batches as of :func:`padded_rows`, each with its number of real rows.
+
+    Images and labels are as of :func:`training_batches`.
+    """
+    images_at = data.levels if integers else data.read
     for number, rows in enumerate(padded_rows(len(indices), batch_size)):
         filled = indices[rows]
         left = len(indices) - number * batch_size
-        yield (data.read(filled), data.labels[filled].astype(np.float32)), min(left, batch_size)
+        yield (images_at(filled), data.labels[filled].astype(np.float32)), min(left, batch_size)

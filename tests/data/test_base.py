@@ -222,8 +222,22 @@ def test_the_record_says_what_was_read_and_what_is_wrong():
     assert record["counts"]["train"] == {"images": 60, "patients": 1}
     assert record["reading"] == {
         "seen": 60, "read": 60, "skipped": {}, "stored_range": [0.0, 1.0], "guessed": [],
+        "rounded_from": [],
     }  # fmt: skip
     assert any("one patient" in note for note in record["notes"])
     assert json.loads(json.dumps(record)) == record
     assert record["fingerprint"] == made(patients=["ANON"] * N).fingerprint()
     assert data_record(dataclasses.replace(made(), reading=None))["reading"] is None
+
+
+def test_the_record_of_gray_levels_says_how_many_there_are():
+    assert data_record(made())["level_use"] is None
+    train = made().splits == "train"
+    record = data_record(made(), integers=True)
+    assert record["level_use"] == {
+        "images": train.sum(),
+        "distinct": len(np.unique(PIXELS[train])),
+        "distinct_per_image": np.median([len(np.unique(image)) for image in PIXELS[train]]),
+        "rounded": 0.0,
+    }
+    assert json.loads(json.dumps(record)) == record

@@ -130,6 +130,17 @@ def test_jpeg_has_the_right_side_up(tmp_path):
     np.testing.assert_allclose(convert.read_image(tmp_path / "a.jpg")[..., 0], big / 255, atol=0.05)
 
 
+def test_jpeg_is_remarked_wherever_it_is(tmp_path):
+    """Its pixels cost fewer bits than those of the X-ray that it was made from."""
+    picture = Image.fromarray(np.kron(GRAY8, np.ones((16, 16), np.uint8)))
+    for name, options in {"a.jpg": {}, "a.tif": {"compression": "jpeg"}}.items():
+        picture.save(tmp_path / name, **options)
+        assert convert.header(tmp_path / name).remarks == ("lossily compressed (JPEG)",)
+    for name, options in {"b.png": {}, "b.tif": {"compression": "tiff_lzw"}, "c.tif": {}, "b.bmp": {}}.items():
+        picture.save(tmp_path / name, **options)
+        assert convert.header(tmp_path / name).remarks == ()
+
+
 def test_cmyk_goes_through_rgb(tmp_path):
     cmyk = np.zeros((16, 16, 4), np.uint8)
     cmyk[8:, :, 3] = 255  # K: the lower half is black

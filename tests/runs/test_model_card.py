@@ -362,6 +362,15 @@ def test_card_says_what_was_read_skipped_and_guessed() -> None:
     assert "read 5,805, skipped none" in section(model_card.model_card(record_of()), "Data")
 
 
+def test_card_says_how_many_gray_levels_a_model_of_them_saw() -> None:
+    record = record_of("nih")
+    assert "Gray levels" not in model_card.model_card(record)
+    use = {"images": 1000, "distinct": 255, "distinct_per_image": 154.0, "rounded": 0.0}
+    record["data"] = {**record["data"], "level_use": use}
+    text = section(model_card.model_card(record), "Data")
+    assert "- Gray levels: 255 of 256 occur in 1,000 training images, 154 in the median image" in text
+
+
 def test_card_has_the_notes_of_the_training() -> None:
     text = section(model_card.model_card(record_of()), "Training")
     assert "- Note: the warm-up of 250 steps is longer than the run" in text

@@ -39,6 +39,23 @@ def test_a_batch_has_the_shapes_dtypes_and_labels_of_its_images() -> None:
     assert labels.argmax(axis=1).tolist() == [p % 2 for p in positions(data, images)]
 
 
+def test_integers_are_the_same_batches_as_gray_levels() -> None:
+    """Bytes come through untouched and in memory that JAX takes without a copy; floats are rounded."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 5, 7)).astype(np.uint8)
+    for images, exact in ((pixels, True), (pixels / 300, False)):
+        data = from_arrays(images, splits=["train"] * 12)
+        floats = islice(training_batches(data, batch_size=5, seed=1, start=3), 4)
+        levels = islice(training_batches(data, batch_size=5, seed=1, start=3, integers=True), 4)
+        for (x, labels), (v, same_labels) in zip(floats, levels, strict=True):
+            assert v.dtype == np.uint8 and v.shape == x.shape and v.ctypes.data % 64 == 0
+            np.testing.assert_array_equal(v, np.floor(255 * x.astype(np.float64) + 0.5))
+            np.testing.assert_array_equal(labels, same_labels)
+            assert (v / np.float32(255) == x).all() == exact
+    ((v, _), count), _ = padded_batches(from_arrays(pixels), np.array([3, 9, 4]), 2, integers=True)
+    assert v.dtype == np.uint8 and count == 2
+    np.testing.assert_array_equal(v[..., 0], pixels[[3, 9]])
+
+
 def test_the_order_depends_on_the_seed_only() -> None:
     data = numbered(12)
     assert order(data, 9, batch_size=4) == order(data, 9, batch_size=4)
