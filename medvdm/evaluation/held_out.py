@@ -30,7 +30,6 @@ from medvdm.errors import InputError
 from medvdm.evaluation import baselines as baselines_
 from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.models import vdm
-from medvdm.models.likelihoods import bernoulli_mean
 from medvdm.theory import bound
 from medvdm.training.batches import padded_batches, padded_rows
 from medvdm.training.devices import Layout, joined, own_parts
@@ -62,7 +61,7 @@ class ImageResults(NamedTuple):
 
     Attributes:
         terms: of the bound.
-        floor: (n,) entropy of the pixels.
+        floor: (n,) entropy of the pixels; None for an 8-bit likelihood, like all that follows.
         psnr: (n,) of the reconstruction, dB.
         ssim: (n,) of the reconstruction; None for images too small for its window.
         mean_image, pca64: (n,) cross-entropy of these baselines; None where they are not fitted.
@@ -70,9 +69,9 @@ class ImageResults(NamedTuple):
     """
 
     terms: Terms
-    floor: np.ndarray
-    psnr: np.ndarray
-    ssim: np.ndarray | None
+    floor: np.ndarray | None = None
+    psnr: np.ndarray | None = None
+    ssim: np.ndarray | None = None
     mean_image: np.ndarray | None = None
     pca64: np.ndarray | None = None
     lingauss: np.ndarray | None = None
@@ -87,9 +86,9 @@ def _bound(params: vdm.Params, x: Array, labels: Array | None, key: Array, *, gr
 
 @partial(jax.jit, static_argnames=("graph",))
 def reconstruct(params: vdm.Params, x: Array, key: Array, *, graph: nnx.GraphDef) -> Float[Array, "n h w c"]:
-    """Images through the encoder, the least noise of the schedule, and the decoder: the Bernoulli means."""
+    """Images through the encoder, the least noise of the schedule, and the decoder, in [0, 1]."""
     model = vdm.merge(graph, params)
-    return bernoulli_mean(bound.decode_z0(model, model.encode(x), key))
+    return model.picture(bound.decode_z0(model, model.encode(x), key))
 
 
 def bound_terms(
@@ -155,9 +154,12 @@ def _results_of_batch(
     baselines: baselines_.Baselines | None,
 ) -> ImageResults:
     key_terms, key_picture = jax.random.split(key)
+    terms = bound_terms(graph, params, on_devices, labels, draws=draws, key=key_terms)
+    if x.dtype == np.uint8:  # z_0 shows the image as it is, and the entropy of gray values as probabilities is no floor
+        return ImageResults(terms=terms)
     x_hat = np.asarray(reconstruct(params, on_devices, key_picture, graph=graph))
     found = ImageResults(
-        terms=bound_terms(graph, params, on_devices, labels, draws=draws, key=key_terms),
+        terms=terms,
         floor=entropy(x),
         psnr=-10.0 * np.log10(np.maximum(np.mean((x - x_hat) ** 2, axis=(1, 2, 3)), 1e-12)),
         ssim=_ssim(x, x_hat),
@@ -180,7 +182,8 @@ def quick(
 ) -> dict[str, float]:
     """One draw of the terms on a few images, for a look during training; bits per dimension."""
     parts = []
-    for number, ((x, labels), count) in enumerate(padded_batches(data, indices, batch_size)):
+    integers = vdm.merge(graph, params).architecture.likelihood.integers
+    for number, ((x, labels), count) in enumerate(padded_batches(data, indices, batch_size, integers=integers)):
         key = jax.random.fold_in(jax.random.key(0), number)
         terms = bound_terms(graph, params, x, labels if labelled else None, draws=1, key=key)
         parts.append([term[0, :count] for term in terms])
@@ -225,7 +228,8 @@ def evaluate_weights(
         DataError: the split is empty.
     """
     start = time.perf_counter()
-    config = vdm.merge(graph, params).config
+    model = vdm.merge(graph, params)
+    config, pictures = model.config, data.levels if model.architecture.likelihood.integers else data.read
     check_counts(draws, batch_size, seed)
     if data.image_shape != config.image_shape:
         raise InputError(f"{data.name}: images of shape {data.image_shape}; expected {config.image_shape}")
@@ -236,7 +240,7 @@ def evaluate_weights(
 
     def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         chosen = indices[rows]
-        return data.read(chosen), data.labels[chosen].astype(np.float32) if labelled else None
+        return pictures(chosen), data.labels[chosen].astype(np.float32) if labelled else None
 
     found = by_batches(
         read,
@@ -296,7 +300,7 @@ def summary(
         "vlb_bpd_stderr": bpd(clustered_stderr(per_image, patients)),
         "vlb_bpd_stderr_noise": bpd(_stderr(totals.mean(axis=1))),
         "floor_bpd": bpd(floor),
-        "excess_bpd": bpd(vlb - floor),
+        "excess_bpd": None if floor is None else bpd(vlb - floor),
         "vlb_nats_per_image": vlb,
         "rate_bits_per_image": float((terms.diffusion + terms.prior).mean()) / math.log(2.0),
         "psnr_db": mean(found.psnr),

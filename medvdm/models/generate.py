@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from medvdm.errors import DivergedError, InputError
 from medvdm.models import vdm
-from medvdm.models.likelihoods import bernoulli_mean
 from medvdm.theory import gaussian
 from medvdm.theory.sampling import chain, segment_ends
 
@@ -26,7 +25,7 @@ class Generated(NamedTuple):
     """What :func:`generate` returns; k is ``num_states``.
 
     Attributes:
-        images: (n, h, w, c) Bernoulli means in [0, 1].
+        images: (n, h, w, c) in [0, 1], the model's pictures of z_0: Bernoulli means, or the likeliest gray values.
         latents: ``(k, n, *latent_shape)`` latents at the times below, the last of them z_0.
         states: (k, n, h, w, c) each latent shown by the decoder as if it were z_0, for figures.
         times: (k,) the time t of each latent, falling to 0.
@@ -209,5 +208,5 @@ def _generate(
     )
     times = (first - segment_ends(first, num_states)[1:]) / steps  # the last is exactly 0
     scale = gaussian.align(gaussian.alpha(model.gamma(times)), latents)
-    states = jax.lax.map(lambda latent: bernoulli_mean(model.decode(latent)), latents / scale)
+    states = jax.lax.map(lambda latent: model.picture(model.decode(latent)), latents / scale)
     return latents, states, times

@@ -16,13 +16,15 @@ from typing import Any, Literal
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import blocks, likelihoods
 from medvdm.models.autoencoder import Decoder, Encoder
+from medvdm.models.likelihoods import Likelihood
 from medvdm.models.linear_start import Basis, LinearDecoder, LinearEncoder, LinearScore
 from medvdm.models.scorenet import ScoreNet
+from medvdm.models.unet import DETAILS, Attention, LevelDecoder, LevelEncoder, UNet
 from medvdm.theory import bound, gaussian, schedules
 
 Params = dict[str, Any]
@@ -47,8 +49,9 @@ class VDMConfig:
     """How gamma runs from gamma_min to gamma_max."""
     learn_ends: bool = False
     """Whether the bound trains the ends of a monotonic schedule too, from gamma_min and gamma_max on."""
-    architecture: Literal["residual", "linear-start"] = "residual"
-    """The paper's residual MLPs, or networks that start as the linear-Gaussian VDM (see medvdm.models.linear_start)."""
+    architecture: Literal["residual", "linear-start", "unet"] = "residual"
+    """The paper's residual MLPs, networks that start as the linear-Gaussian VDM (medvdm.models.linear_start), or a
+    diffusion on the pixels themselves with an 8-bit likelihood (medvdm.models.unet)."""
     latent: int = 64
     """Dimensions of the latent."""
     embedding_dim: int = 128
@@ -65,12 +68,27 @@ class VDMConfig:
     """Residual blocks of the decoder."""
     score_layers: int = 10
     """Residual blocks of the ScoreNet."""
+    width: int = 48
+    """Features of a cell at the finest scale of a U-Net; each coarser scale has twice as many."""
+    scales: int = 2
+    """Scales of a U-Net; each halves the sides of the one before."""
+    blocks: int = 2
+    """Residual blocks of a U-Net at each scale, on the way down and again on the way up."""
+    patch: int = 2
+    """Side in pixels of the cells that a U-Net's convolutions see as one place."""
+    details: Literal["contrast", "fourier", "none"] = "contrast"
+    """What a U-Net is given beside z: amplified differences from the surroundings, Fourier features, or nothing."""
+    attention: bool = False
+    """Whether a U-Net attends over all places of its coarsest scale."""
+    rounding: bool = True
+    """Whether a U-Net's answer knows that gray values are whole numbers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the arithmetic inside the networks; parameters and losses stay float32."""
 
     def __post_init__(self) -> None:
         schedules.check_range(self.gamma_min, self.gamma_max)
         positive = ("latent", "embedding_dim", "encoder_width", "decoder_width", "inner_width")
+        positive += ("width", "scales", "blocks", "patch")
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
@@ -90,6 +108,15 @@ class VDMConfig:
             raise InputError(f"dtype: '{self.dtype}'; {nearest(self.dtype, blocks.DTYPES)}")
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
+        if self.details not in DETAILS:
+            raise InputError(f"details: '{self.details}'; {nearest(self.details, DETAILS)}")
+        if self.architecture == "unet" and min(self.image_shape[:2]) < self.patch * 2 ** (self.scales - 1):
+            raise InputError(
+                f"image_shape: {self.image_shape}; expected sides of at least {self.patch * 2 ** (self.scales - 1)} "
+                f"for a U-Net of {self.scales} scales on cells of {self.patch} x {self.patch} pixels"
+            )
+        if self.attention and self.width * 2 ** (self.scales - 1) % Attention.HEADS:
+            raise InputError(f"width: {self.width}; expected a multiple of {Attention.HEADS}, for attention")
         if self.schedule not in schedules.KINDS:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.KINDS)}")
         if self.learn_ends and self.schedule != "monotonic":
@@ -111,8 +138,14 @@ class Architecture:
 
     build: Callable[[VDMConfig, jnp.dtype, nnx.Rngs], dict[str, nnx.Module]]
     """Makes ``encoder``, ``decoder`` and ``score``, and what they share, by name."""
+    likelihood: Likelihood = likelihoods.BERNOULLI
+    """The observation model, which says what images are: gray values in [0, 1], or whole numbers from 0 to 255."""
+    on_pixels: bool = False
+    """Whether z has the shape of the image, or that of a vector of ``latent`` numbers."""
     measures_components: bool = False
     """Whether components of the training images are measured before the first step (:func:`with_components`)."""
+    any_size: bool = False
+    """Whether the networks take images of any size, such as crops of the training images."""
     dense: bool = True
     """Whether all layers are dense ones, whose work is counted in :mod:`medvdm.cost`."""
 
@@ -154,9 +187,31 @@ def _linear_start(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[s
     }
 
 
+def _unet(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    return {
+        "encoder": LevelEncoder(config.image_shape[2]),
+        "decoder": LevelDecoder(),
+        "score": UNet(
+            config.image_shape[2],
+            width=config.width,
+            scales=config.scales,
+            blocks=config.blocks,
+            patch=config.patch,
+            details=config.details,
+            attention=config.attention,
+            rounding=config.rounding,
+            embedding_dim=config.embedding_dim,
+            gamma_range=(config.gamma_min, config.gamma_max),
+            dtype=dtype,
+            rngs=rngs,
+        ),
+    }
+
+
 ARCHITECTURES = {
     "residual": Architecture(build=_residual),
     "linear-start": Architecture(build=_linear_start, measures_components=True, dense=False),
+    "unet": Architecture(build=_unet, likelihood=likelihoods.EIGHT_BIT, on_pixels=True, any_size=True, dense=False),
 }
 
 
@@ -180,7 +235,12 @@ class VDM(nnx.Module):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one image's z."""
-        return (self.config.latent,)
+        return self.config.image_shape if self.architecture.on_pixels else (self.config.latent,)
+
+    @property
+    def architecture(self) -> Architecture:
+        """How this model is built."""
+        return ARCHITECTURES[self.config.architecture]
 
     @property
     def timesteps(self) -> int:
@@ -191,13 +251,20 @@ class VDM(nnx.Module):
         """gamma(t) = -log SNR, rising; t in [0, 1]."""
         return self.schedule(t)
 
-    def encode(self, x: Float[Array, "n h w c"]) -> Float[Array, "n d"]:
-        """Images in [0, 1] to their encoding f. Raises for a wrong dtype or shape, see :class:`autoencoder.Encoder`."""
+    def encode(self, x: Num[Array, "n h w c"]) -> Float[Array, "n *latent"]:
+        """Images to their encoding f. Raises for a wrong dtype or shape, as the encoder of the architecture does."""
         return self.encoder(x)
 
-    def decode(self, z: Float[Array, "n d"]) -> Float[Array, "n h w c"]:
-        r"""The logits of each pixel's Bernoulli law, from :math:`z_0 / \alpha_0`."""
+    def decode(self, z: Float[Array, "n *latent"]) -> Float[Array, "n h w c"]:
+        r"""What the observation model needs of each pixel, from :math:`z_0 / \alpha_0`.
+
+        The logits of a Bernoulli law, or the centre of a law over 256 gray values.
+        """
         return self.decoder(z, self.gamma(jnp.zeros(())))
+
+    def picture(self, decoded: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """What to show of :meth:`decode`'s answer, in [0, 1]: the Bernoulli law's mean, or the likeliest gray value."""
+        return self.architecture.likelihood.picture(decoded)
 
     def embed(
         self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
@@ -209,34 +276,34 @@ class VDM(nnx.Module):
         """What the score network needs to know besides z; m is n, or 1 where all examples share time and label."""
         return self.score.condition(gamma, label)
 
-    def eps_hat(self, z: Float[Array, "n d"], condition: Any) -> Float[Array, "n d"]:
+    def eps_hat(self, z: Float[Array, "n *latent"], condition: Any) -> Float[Array, "n *latent"]:
         """The predicted noise in z, given :meth:`condition`."""
         return self.score(z, condition)
 
     def x_hat(
-        self, z: Float[Array, "n d"], gamma: Float[Array, " m"], label: Float[Array, "m c"]
-    ) -> Float[Array, "n d"]:
+        self, z: Float[Array, "n *latent"], gamma: Float[Array, " m"], label: Float[Array, "m c"]
+    ) -> Float[Array, "n *latent"]:
         """The same network read out as the clean encoding: (z - sigma eps_hat) / alpha."""
-        return gaussian.x_from_eps(self.eps_hat(z, self.condition(gamma, label)), z, gamma[:, None])
+        return gaussian.x_from_eps(self.eps_hat(z, self.condition(gamma, label)), z, gaussian.align(gamma, z))
 
-    def observation_loss(self, x: Float[Array, "n h w c"], decoded: Float[Array, "n h w c"]) -> Float[Array, " n"]:
-        """-log p(x | z_0) in nats per image, from the decoder's logits."""
-        return likelihoods.bernoulli_nll(x, decoded)
+    def observation_loss(self, x: Num[Array, "n h w c"], decoded: Float[Array, "n h w c"]) -> Float[Array, " n"]:
+        """-log p(x | z_0) in nats per image, from :meth:`decode`'s answer."""
+        return self.architecture.likelihood.nll(x, decoded, self.gamma(jnp.zeros(())))
 
     # The paper's names for the three terms. Nats per image, one value per image.
 
     def reconstruction_loss(
-        self, x: Float[Array, "n h w c"], f: Float[Array, "n d"], key: PRNGKeyArray
+        self, x: Num[Array, "n h w c"], f: Float[Array, "n *latent"], key: PRNGKeyArray
     ) -> Float[Array, " n"]:
         """See :func:`medvdm.theory.bound.reconstruction_loss`."""
         return bound.reconstruction_loss(self, x, f, key)
 
-    def latent_loss(self, f: Float[Array, "n d"]) -> Float[Array, " n"]:
+    def latent_loss(self, f: Float[Array, "n *latent"]) -> Float[Array, " n"]:
         """The prior loss under the paper's name; see :func:`medvdm.theory.bound.prior_loss`."""
         return bound.prior_loss(self, f)
 
     def diffusion_loss(
-        self, f: Float[Array, "n d"], label: Float[Array, "n c"], u: Float[Array, " n"], key: PRNGKeyArray
+        self, f: Float[Array, "n *latent"], label: Float[Array, "n c"], u: Float[Array, " n"], key: PRNGKeyArray
     ) -> Float[Array, " n"]:
         """See :func:`medvdm.theory.bound.diffusion_loss`."""
         return bound.diffusion_loss(self, f, label, u, key)

@@ -177,6 +177,10 @@ def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
 def _check_data(config: RunConfig, data: ImageData) -> None:
     """Refuse images that this model cannot be trained on."""
     indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    if config.training.crop > min(data.image_shape[:2]):
+        raise InputError(
+            f"crop: {config.training.crop}; expected at most {min(data.image_shape[:2])}, the images' side"
+        )
     if config.keep.keep_best and not np.any(data.splits == "val"):
         raise InputError(f"keep_best: {data.name} has no validation images; expected some to judge the weights by")
     if vdm.ARCHITECTURES[config.model.architecture].measures_components:
@@ -232,7 +236,8 @@ def _check_room(out: Path, config: RunConfig) -> None:
 
 def _notes(config: RunConfig, data: ImageData) -> list[str]:
     """What a reader of the log and of the model card should know of this run, beside the notes on its data."""
-    training, notes = config.training, []
+    training = config.training
+    notes = list(data.level_use().notes) if _integers(config) else []
     if training.steps < training.warmup_steps:
         most = max(float(learning_rate(training)(k)) for k in range(training.steps))
         notes.append(
@@ -248,6 +253,11 @@ def _notes(config: RunConfig, data: ImageData) -> list[str]:
         if lacking := [name for name in data.class_names if name not in trained]:
             notes.append(f"no training image carries {', '.join(lacking)}: not trained, so it cannot be used")
     return notes
+
+
+def _integers(config: RunConfig) -> bool:
+    """Whether the model takes whole gray values, or images in [0, 1]."""
+    return vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
 
 
 def _trained_classes(config: RunConfig, data: ImageData) -> list[str]:
@@ -314,7 +324,7 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
         record = {
             "version": version(),
             "config": config_.to_json(config),
-            "data": data_record(data),
+            "data": data_record(data, integers=_integers(config)),
             "environment": environment(),
             "trained_classes": _trained_classes(config, data),
             "notes": notes,
@@ -442,6 +452,7 @@ def _train(
             seed=settings.seed,
             start=start,
             rows=layout.rows(settings.batch_size),
+            integers=_integers(config),
         )
         on_devices = (
             (layout.put(images), layout.put(labels) if config.model.classes else None) for images, labels in batches

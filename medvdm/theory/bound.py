@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, Num, PRNGKeyArray
 
 from medvdm.theory import gaussian
 from medvdm.theory.schedules import with_slope
@@ -50,16 +50,14 @@ class Diffusion(Protocol):
     timesteps: int  #: T of the discrete bound; 0 means continuous time
 
     def gamma(self, t: Float[Array, "..."]) -> Float[Array, "..."]: ...
-    def encode(self, x: Float[Array, "n *shape"]) -> Float[Array, "n *latent"]: ...
+    def encode(self, x: Num[Array, "n *shape"]) -> Float[Array, "n *latent"]: ...
     def embed(
         self, labels: Float[Array, "n k"] | None, keep: Float[Array, " n"] | None = None, *, n: int = 1
     ) -> Float[Array, "n c"]: ...
     def condition(self, gamma: Float[Array, " m"], label: Float[Array, "m c"]) -> Any: ...
     def eps_hat(self, z: Float[Array, "n *latent"], condition: Any) -> Float[Array, "n *latent"]: ...
     def decode(self, z: Float[Array, "n *latent"]) -> Float[Array, "n *shape"]: ...
-    def observation_loss(
-        self, x: Float[Array, "n *shape"], decoded: Float[Array, "n *shape"]
-    ) -> Float[Array, " n"]: ...
+    def observation_loss(self, x: Num[Array, "n *shape"], decoded: Float[Array, "n *shape"]) -> Float[Array, " n"]: ...
 
 
 class Probe(NamedTuple):
@@ -129,7 +127,7 @@ def decode_z0(model: Diffusion, f: Float[Array, "n *latent"], key: PRNGKeyArray 
 
 
 def reconstruction_loss(
-    model: Diffusion, x: Float[Array, "n *shape"], f: Float[Array, "n *latent"], key: PRNGKeyArray
+    model: Diffusion, x: Num[Array, "n *shape"], f: Float[Array, "n *latent"], key: PRNGKeyArray
 ) -> Float[Array, " n"]:
     r""":math:`E_{q(z_0|x)}[-\log p(x|z_0)]` by one draw of z_0; nats per image."""
     return model.observation_loss(x, decode_z0(model, f, key))
@@ -189,7 +187,7 @@ def gradient_difference(x: Float[Array, "n h w c"], x_hat: Float[Array, "n h w c
 
 def terms(
     model: Diffusion,
-    x: Float[Array, "n *shape"],
+    x: Num[Array, "n *shape"],
     labels: Float[Array, "n k"] | None = None,
     *,
     key: PRNGKeyArray,
@@ -202,12 +200,13 @@ def terms(
 
     Args:
         model: encodes, predicts noise and decodes.
-        x: images in [0, 1].
+        x: images, as the model takes them.
         labels: multi-hot; None for an unconditional bound.
         key: split once: z_0's noise, the times, z_t's noise.
         keep: 0 where the null replaces the label (label dropout); all kept if None.
         stratified: see :func:`sample_times`.
-        with_gradient_difference: also compute that term from the same reconstruction (it is 0 otherwise).
+        with_gradient_difference: also compute that term from the same reconstruction (it is 0 otherwise); the model's
+            ``picture`` makes gray values of what it has decoded.
         probe: see :func:`diffusion_loss`.
     """
     key_z0, key_times, key_zt = jax.random.split(key, 3)
@@ -215,7 +214,7 @@ def terms(
     u = sample_times(key_times, n, stratified=stratified)
     f = model.encode(x)
     decoded = decode_z0(model, f, key_z0)
-    difference = gradient_difference(x, jax.nn.sigmoid(decoded)) if with_gradient_difference else jnp.zeros(n)
+    difference = gradient_difference(x, model.picture(decoded)) if with_gradient_difference else jnp.zeros(n)
     return Bound(
         reconstruction=model.observation_loss(x, decoded),
         prior=prior_loss(model, f),

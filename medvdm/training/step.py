@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import vdm
@@ -69,6 +69,8 @@ class TrainConfig:
     """Standard deviation of random shifts of the training images, as a fraction of their side; 0 is off."""
     augment_size: float = 0.0
     """Standard deviation of the log of a random change of size; 0 is off."""
+    crop: int = 0
+    """Side in pixels of the square that is cut out of each training image at random (U-Nets only); 0 is the whole."""
     augment_exposure: float = 0.0
     """Standard deviation of the log of a random exponent on gray values; 0 is off."""
     basis_copies: int = 0
@@ -105,7 +107,18 @@ class TrainConfig:
 
 
 def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
-    """Raise InputError where the schedule's objective does not fit the model."""
+    """Raise InputError where the schedule's objective, crops, augmentation or loss do not fit the model."""
+    if config.crop:
+        if not vdm.ARCHITECTURES[model.architecture].any_size:
+            raise InputError(f"crop: {config.crop} with architecture '{model.architecture}'; expected 'unet'")
+        replace(model, image_shape=(config.crop, config.crop, model.image_shape[2]))  # refuses what is too small
+    if vdm.ARCHITECTURES[model.architecture].likelihood.integers:
+        for name in ("augment_size", "augment_exposure", "gradient_difference_weight"):
+            if getattr(config, name):
+                raise InputError(
+                    f"{name}: {getattr(config, name)} with architecture '{model.architecture}'; expected 0, since its "
+                    "8-bit likelihood is of whole gray values"
+                )
     if config.schedule_objective == "variance" and (model.schedule != "monotonic" or model.timesteps):
         raise InputError(
             f"schedule_objective: 'variance' with schedule '{model.schedule}' and timesteps {model.timesteps}; "
@@ -215,7 +228,7 @@ def augmentations(config: TrainConfig) -> dict[str, float]:
 def loss_fn(
     model: vdm.VDM,
     config: TrainConfig,
-    images: Float[Array, "n h w c"],
+    images: Num[Array, "n h w c"],
     labels: Float[Array, "n k"] | None,
     key: jax.Array,
     probe: bound.Probe | None = None,
@@ -241,7 +254,7 @@ def loss_fn(
     )
 
     def bpd(term: Float[Array, " n"]) -> Float[Array, ""]:
-        return bound.bits_per_dim(jnp.mean(term), model.config.image_shape)
+        return bound.bits_per_dim(jnp.mean(term), images.shape[1:])
 
     reconstruction, prior, diffusion = bpd(terms.reconstruction), bpd(terms.prior), bpd(terms.diffusion)
     vlb = reconstruction + prior + diffusion
@@ -253,7 +266,7 @@ def gradient(
     graph: nnx.GraphDef,
     config: TrainConfig,
     params: vdm.Params,
-    images: Float[Array, "n h w c"],
+    images: Num[Array, "n h w c"],
     labels: Float[Array, "n k"] | None,
     key: jax.Array,
 ) -> tuple[vdm.Params, Metrics]:
@@ -312,13 +325,15 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
 
     def step(
         state: TrainState,
-        images: Float[Array, "n h w c"],
+        images: Num[Array, "n h w c"],
         labels: Float[Array, "n k"] | None,
         plan: Plan = own,
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again.
         images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
+        if config.crop:
+            images = augmentation.crop(jax.random.fold_in(key, 3), images, config.crop)
         trained, measured = vdm.partition(graph, state.params)
         grads, metrics = gradient(graph, config, state.params, images, labels, key)
         updates, opt_state = _optimiser(model, config, plan).update(grads, state.opt_state, trained)
@@ -344,7 +359,7 @@ class CompiledStep:
     def __call__(
         self,
         state: TrainState,
-        images: Float[Array | np.ndarray, "n h w c"],
+        images: Num[Array | np.ndarray, "n h w c"],
         labels: Float[Array | np.ndarray, "n k"] | None,
     ) -> tuple[TrainState, Metrics]:
         """The next state, in the memory of the old one, and what the step reports."""
