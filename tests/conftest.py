@@ -81,6 +81,18 @@ def trained(tmp_path_factory):
     return helpers.train(tmp_path_factory.mktemp("trained") / "run")
 
 
+@pytest.fixture(scope="session")
+def trained_pixels(tmp_path_factory) -> Path:
+    """A class-conditional run of a diffusion on pixels, made once a session; for tests that only read it."""
+    import tiny
+
+    import medvdm
+
+    out = tmp_path_factory.mktemp("trained-pixels") / "run"
+    medvdm.fit(tiny.pixels(conditional=True), out, progress=False)
+    return out
+
+
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
     """A copy of the trained run, to write into or to damage."""

@@ -28,10 +28,27 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-2,
 }
 
+#: The same for a diffusion on pixels, from the preset pixel.
+PIXELS: dict[str, Any] = {
+    "num_images": 60,
+    "image_size": 16,
+    "batch_size": 8,
+    "steps": 12,
+    "embedding_dim": 8,
+    "width": 8,
+    "blocks": 1,
+    "warmup_steps": 2,
+}
+
 
 def config(**changes: Any) -> RunConfig:
     """The tiny settings with changes."""
     return medvdm.preset("demo", **{**SETTINGS, **changes})
+
+
+def pixels(**changes: Any) -> RunConfig:
+    """The tiny settings of a diffusion on pixels with changes."""
+    return medvdm.preset("pixel", **{**PIXELS, **changes})
 
 
 def options(**changes: Any) -> list[str]:

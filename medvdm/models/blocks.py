@@ -56,8 +56,13 @@ class FiLM(nnx.Module):
         return self.linear(condition)
 
 
-def modulate(h: Float[Array, "n width"], film: Float[Array, "m two_width"]) -> Float[Array, "n width"]:
-    """``(1 + scale) h + shift``, with scale and shift side by side in ``film``; m is n, or 1 for all rows of h."""
+def modulate(
+    h: Float[Array, "n *places width"], film: Float[Array, "m *ones two_width"]
+) -> Float[Array, "n *places width"]:
+    """``(1 + scale) h + shift``, with scale and shift side by side in ``film``.
+
+    m is n, or 1 for all rows of h; the axes of places, if h has any, are 1 in ``film``.
+    """
     scale, shift = jnp.split(film, 2, axis=-1)
     return (1 + scale) * h + shift
 

@@ -140,12 +140,12 @@ def level_mean(centre: Float[Array, "*shape"], deviation: Float[Array, "*shape"]
     """
     c, d2 = (centre + 1.0) / SPACING, (deviation / SPACING) ** 2
     near = _nearest(c)
-    offsets = jnp.arange(-5.0, 6.0)
+    offsets = _along_last_axis(jnp.arange(-5.0, 6.0), c)
     k = near[..., None] + offsets
     beyond = (k < 0) | (k > LEVELS - 1)
     exponents = -((k - jnp.clip(c, -3.0, LEVELS + 2.0)[..., None]) ** 2) / (2.0 * jnp.minimum(d2, 1.0)[..., None])
     weights = jax.nn.softmax(jnp.where(beyond, -jnp.inf, exponents), axis=-1)
-    return jnp.where(d2 < 1.0, SPACING * (near + weights @ offsets) - 1.0, centre)
+    return jnp.where(d2 < 1.0, SPACING * (near + jnp.sum(weights * offsets, axis=-1)) - 1.0, centre)
 
 
 def level_picture(centre: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -158,7 +158,13 @@ def _nearest(c: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _exponents(centre: Float[Array, "*shape"], deviation: Float[Array, "..."]) -> Float[Array, "*shape 256"]:
-    return _exponent(jnp.arange(float(LEVELS)), centre[..., None], jnp.asarray(deviation)[..., None])
+    levels = _along_last_axis(jnp.arange(float(LEVELS)), centre)
+    return _exponent(levels, centre[..., None], jnp.broadcast_to(deviation, centre.shape)[..., None])
+
+
+def _along_last_axis(values: Float[Array, " k"], like: Float[Array, "*shape"]) -> Float[Array, "*ones k"]:
+    """Values with axes of 1 before theirs, one for each axis of ``like``."""
+    return values.reshape((1,) * like.ndim + values.shape)
 
 
 def _exponent(k: Array, centre: Array, deviation: Array) -> Array:

@@ -73,7 +73,7 @@ def blur(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3.0
 
 
-def contrast_features(z: Float[Array, "n h w c"], gamma: Float[Array, " m"]) -> Float[Array, "n h w 2c"]:
+def contrast_features(z: Float[Array, "n h w c"], gamma: Float[Array, " m"]) -> Float[Array, "n h w c2"]:
     r"""Differences from the mean of the surroundings, at two scales, in units of what noise and fine detail make them.
 
     .. math:: \frac{z - Bz}{k}, \quad \frac{Bz - B^2 z}{k}, \qquad k = \sqrt{\sigma_t^2 + 0.03^2}
@@ -86,7 +86,7 @@ def contrast_features(z: Float[Array, "n h w c"], gamma: Float[Array, " m"]) -> 
     return jnp.concatenate([(z - once) * scale, (once - blur(once)) * scale], axis=-1)
 
 
-def fourier_features(z: Float[Array, "n h w c"]) -> Float[Array, "n h w 4c"]:
+def fourier_features(z: Float[Array, "n h w c"]) -> Float[Array, "n h w c4"]:
     r""":math:`\sin 2^n \pi z` and :math:`\cos 2^n \pi z` for n = 7, 8 (VDM, appendix C): periods of 2 levels and 1."""
     angles = [2.0**n * math.pi * z for n in (7, 8)]
     return jnp.concatenate([f(a) for a in angles for f in (jnp.sin, jnp.cos)], axis=-1)

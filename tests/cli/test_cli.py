@@ -161,6 +161,11 @@ OTHER_VALUES: dict[str, Any] = {
     "encoder_layers": 3,
     "decoder_layers": 5,
     "score_layers": 8,
+    "width": 12,
+    "scales": 1,
+    "blocks": 4,
+    "patch": 8,
+    "details": "fourier",
     "dtype": "bfloat16",
     "steps": 17,
     "batch_size": 3,
@@ -208,7 +213,10 @@ def caught_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Run
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = (DataConfig, VDMConfig, TrainConfig, KeepConfig)
     every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
-    assert every == {*OTHER_VALUES, "stratified_times", "learn_ends", "schedule_objective", "keep_best"}
+    assert every == {
+        *OTHER_VALUES,
+        *("stratified_times", "learn_ends", "schedule_objective", "keep_best", "attention", "rounding", "crop"),
+    }
     words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     config, rest = caught_config(
         monkeypatch,
@@ -217,6 +225,8 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
         *words,
         "--no-stratified-times",
         "--learn-ends",
+        "--attention",
+        "--no-rounding",
         "--keep-best",
         "--conditional",
         "--out",
@@ -227,11 +237,17 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (
         found["stratified_times"] is False
         and found["learn_ends"] is True
+        and found["attention"] is True
+        and found["rounding"] is False
         and found["keep_best"] is True
         and found["conditional"] is True
         and found["preset"] == "paper"
     )
     assert rest == {"out": "there", "resume": False, "progress": True}
+
+
+def test_the_crop_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert caught_config(monkeypatch, "--preset", "pixel", "--crop", "40", "--out", "x")[0].training.crop == 40
 
 
 def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvdm.errors import InputError
+from medvdm.errors import InputError, InputTypeError
 from medvdm.models import blocks, vdm
 from medvdm.theory import bound as bound_
 from medvdm.theory import gaussian
@@ -94,7 +94,10 @@ def test_model_is_a_diffusion(small):
 TINY = {
     **{"image_shape": (5, 9, 1), "classes": 2, "latent": 3, "embedding_dim": 4, "encoder_width": 4},
     **{"decoder_width": 4, "inner_width": 4, "encoder_layers": 1, "decoder_layers": 1, "score_layers": 1},
+    **{"width": 4, "blocks": 1},
 }
+ON_GRAY = [name for name, a in vdm.ARCHITECTURES.items() if not a.likelihood.integers]
+ON_LEVELS = [name for name, a in vdm.ARCHITECTURES.items() if a.likelihood.integers]
 
 
 def tiny_model(name, **changes):
@@ -111,6 +114,8 @@ def tiny_model(name, **changes):
 def test_every_architecture_answers_the_same_calls(name):
     config, graph, params = tiny_model(name)
     x = jnp.asarray(np.random.default_rng(1).random((4, 5, 9, 1), np.float32))
+    if name in ON_LEVELS:
+        x = (255 * x).astype(jnp.uint8)
 
     @jax.jit
     def calls(params):
@@ -120,9 +125,13 @@ def test_every_architecture_answers_the_same_calls(name):
         eps_hat = model.score(f, model.score.condition(gamma, model.embed(None, n=4)))
         return f, eps_hat, model.decoder(f, model.gamma(jnp.zeros(()))), bound_.terms(model, x, key=jax.random.key(0))
 
-    f, eps_hat, logits, terms = calls(params)
-    assert f.shape == eps_hat.shape == (4, *vdm.merge(graph, params).latent_shape) == (4, 3)
-    assert logits.shape == x.shape and np.all(np.isfinite(terms.total))
+    f, eps_hat, decoded, terms = calls(params)
+    shape = (5, 9, 1) if vdm.ARCHITECTURES[name].on_pixels else (3,)
+    assert f.shape == eps_hat.shape == (4, *vdm.merge(graph, params).latent_shape) == (4, *shape)
+    assert decoded.shape == x.shape and np.all(np.isfinite(terms.total))
+    picture = vdm.merge(graph, params).picture(decoded)
+    assert picture.shape == x.shape and picture.dtype == jnp.float32
+    assert float(picture.min()) >= 0 and float(picture.max()) <= 1
 
 
 @pytest.mark.parametrize("name", vdm.ARCHITECTURES)
@@ -156,7 +165,7 @@ def test_measured_variables_may_lie_anywhere_in_a_model():
     jax.tree.map(np.testing.assert_array_equal, vdm.join(trained, measured), params)
 
 
-@pytest.mark.parametrize("name", vdm.ARCHITECTURES)
+@pytest.mark.parametrize("name", ON_GRAY)
 @pytest.mark.parametrize(("factor", "says"), [(255.0, "values from 0 to 255"), (-1.0, "from -1 to"), (np.nan, "nan")])
 def test_images_that_are_not_gray_in_the_unit_interval_are_refused(name, factor, says):
     """In the bound, the encoding and the likelihood, wherever the values are known."""
@@ -171,6 +180,31 @@ def test_images_that_are_not_gray_in_the_unit_interval_are_refused(name, factor,
     ):
         with pytest.raises(InputError, match=says):
             call()
+
+
+@pytest.mark.parametrize("name", ON_LEVELS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.uint16, jnp.int8, jnp.bool_])
+def test_images_that_are_no_gray_values_of_8_bits_are_refused_by_an_8_bit_model(unchecked, name, dtype):
+    """In the bound, the encoding and the likelihood; inside a compiled function too, as it is the type alone."""
+    _, graph, params = tiny_model(name)
+    model = vdm.merge(graph, params)
+    x = jnp.ones((2, 5, 9, 1), dtype)
+    for call in (
+        lambda: bound_.terms(model, x, key=jax.random.key(0)),
+        lambda: model.encode(x),
+        lambda: model.observation_loss(x, jnp.zeros((2, 5, 9, 1))),
+        lambda: jax.jit(model.encode)(x),
+    ):
+        with pytest.raises(InputTypeError, match=rf"^images: dtype {x.dtype}; expected uint8, .*to_levels rounds images in"):
+            call()
+
+
+@pytest.mark.parametrize("name", ON_LEVELS)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 3), (2, 5, 9), (2, 45)])
+def test_images_of_other_channels_are_refused_by_an_8_bit_model(unchecked, name, shape):
+    _, graph, params = tiny_model(name)
+    with pytest.raises(InputError, match=r"^images: shape \(2, .*; expected \(n, h, w, 1\)$"):
+        vdm.merge(graph, params).encode(jnp.zeros(shape, jnp.uint8))
 
 
 def test_float16_is_refused_with_the_reason(unchecked):
@@ -191,8 +225,18 @@ def test_float16_is_refused_with_the_reason(unchecked):
         ({"image_shape": (0, 8, 1)}, "image_shape"),
         ({"dtype": "float64"}, "dtype: 'float64'"),
         ({"schedule": "cosine"}, "schedule: 'cosine'"),
+        ({"architecture": "unet", "image_shape": (28, 3, 1)}, r"image_shape: \(28, 3, 1\); expected sides of at least 4"),
+        ({"architecture": "unet", "scales": 4, "patch": 4, "image_shape": (28, 28, 1)}, "sides of at least 32 for"),
+        ({"architecture": "u-net"}, "architecture: 'u-net'; did you mean 'unet'"),
+        ({"details": "contrasts"}, "details: 'contrasts'; did you mean 'contrast'"),
+        ({"width": 0}, "width: 0; expected at least 1"),
+        ({"scales": 0}, "scales: 0; expected at least 1"),
+        ({"blocks": 0}, "blocks: 0; expected at least 1"),
+        ({"patch": 0}, "patch: 0; expected at least 1"),
+        ({"attention": True, "width": 5, "scales": 2}, "width: 5; expected a multiple of 4"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(unchecked, wrong, says):
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as no:
         vdm.VDMConfig(**wrong)
+    assert "\n" not in str(no.value)
