@@ -195,7 +195,9 @@ def test_images_that_are_no_gray_values_of_8_bits_are_refused_by_an_8_bit_model(
         lambda: model.observation_loss(x, jnp.zeros((2, 5, 9, 1))),
         lambda: jax.jit(model.encode)(x),
     ):
-        with pytest.raises(InputTypeError, match=rf"^images: dtype {x.dtype}; expected uint8, .*to_levels rounds images in"):
+        with pytest.raises(
+            InputTypeError, match=rf"^images: dtype {x.dtype}; expected uint8, .*to_levels rounds images in"
+        ):
             call()
 
 
@@ -225,7 +227,10 @@ def test_float16_is_refused_with_the_reason(unchecked):
         ({"image_shape": (0, 8, 1)}, "image_shape"),
         ({"dtype": "float64"}, "dtype: 'float64'"),
         ({"schedule": "cosine"}, "schedule: 'cosine'"),
-        ({"architecture": "unet", "image_shape": (28, 3, 1)}, r"image_shape: \(28, 3, 1\); expected sides of at least 4"),
+        (
+            {"architecture": "unet", "image_shape": (28, 3, 1)},
+            r"image_shape: \(28, 3, 1\); expected sides of at least 4",
+        ),
         ({"architecture": "unet", "scales": 4, "patch": 4, "image_shape": (28, 28, 1)}, "sides of at least 32 for"),
         ({"architecture": "u-net"}, "architecture: 'u-net'; did you mean 'unet'"),
         ({"details": "contrasts"}, "details: 'contrasts'; did you mean 'contrast'"),
