@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 
@@ -44,31 +45,24 @@ def benchmark_table(result: dict[str, Any]) -> str:
 
 def evaluation_table(r: dict[str, Any]) -> str:
     """The result of an evaluation for people."""
+    if r["likelihood"] == "8-bit":
+        return _eight_bit_table(r)
 
-    def line(name: str, value: float | None, unit: str = "bits/dim", note: str = "", digits: int = 4) -> str:
-        if value is None:
-            return f"  {name:<28} not fitted (too few images)"
-        return f"  {name:<28}{value:>11.{digits}f} {unit:<10}{note}".rstrip()
+    def line(name: str, value: float | None, *more: Any, **options: Any) -> str:
+        return f"  {name:<28} not fitted (too few images)" if value is None else _line(name, value, *more, **options)
 
     def baseline(name: str, key: str) -> str:
         return line(name, r[key], note="" if r[key] is None else f"excess {r[key] - r['floor_bpd']:.4f}")
 
-    error = "+- unknown (one patient)" if r["vlb_bpd_stderr"] is None else f"+- {r['vlb_bpd_stderr']:.4f}"
-    labels = {"true": "true labels", "null": "no labels (null)", "none": "unconditional"}[r["labels"]]
     paired = []
     if r["over_lingauss_bpd"] is not None and r["over_lingauss_bpd_stderr"] is not None:
         note = f"+- {r['over_lingauss_bpd_stderr']:.4f}; below 0: better"
         paired = [line("  bound minus that", r["over_lingauss_bpd"], note=note)]
     return "\n".join(
         [
-            f"{r['run']} at step {r['step']}, {r['weights']} weights, {labels}",
-            f"{r['data']}, split '{r['split']}': {r['num_images']} images of {r['num_patients']} patients, "
-            f"{r['draws']} draws of noise",
+            *_evaluation_head(r),
             *(f"  note: {note}" for note in r.get("notes", ()) if note.startswith("brought to")),
-            line("reconstruction", r["reconstruction_bpd"]),
-            line("diffusion", r["diffusion_bpd"], digits=6),
-            line("latent (prior)", r["latent_bpd"], digits=6),
-            line("total: the bound", r["vlb_bpd"], note=error),
+            *_terms(r),
             line("floor of these images", r["floor_bpd"]),
             line("excess over the floor", r["excess_bpd"]),
             line("rate", r["rate_bits_per_image"], "bits/image", digits=1),
@@ -85,6 +79,69 @@ def evaluation_table(r: dict[str, Any]) -> str:
     )
 
 
+def _eight_bit_table(r: dict[str, Any]) -> str:
+    """The result of a model of 8-bit gray values: the bound, and what else describes the same images exactly."""
+
+    def beside(name: str, key: str, over: str | None = None) -> list[str]:
+        if r[key] is None:
+            return []
+        lines = [_line(name, r[key], note=_error(r, key) if f"{key}_stderr" in r else "")]
+        if over is not None and r[over] is not None:
+            lines.append(_line("  bound minus that", r[over], note=f"{_error(r, over)}; below 0: better"))
+        return lines
+
+    codecs = {"png": "PNG", "webp": "WebP", "jpegls": "JPEG-LS", "jxl": "JPEG XL"}
+    files = [
+        line
+        for name, title in codecs.items()
+        for line in beside(title, f"{name}_bpd", "over_jxl_bpd" if name == "jxl" else None)
+    ]
+    sheets = [line for name, title in codecs.items() for line in beside(title, f"{name}_sheet_bpd")]
+    gaussian = beside("Gaussian of the images", "gaussian_bpd", "over_gaussian_bpd")
+    return "\n".join(
+        [
+            *_evaluation_head(r),
+            *(
+                textwrap.fill(f"note: {note}", 86, initial_indent="  ", subsequent_indent="    ")
+                for note in r.get("notes", ())
+            ),
+            *_terms(r),
+            *(["without a network, fitted on the run's training images:", *gaussian] if gaussian else []),
+            *(["lossless codecs, a file per image:", *files] if files else []),
+            *(["lossless codecs, all images in one file:", *sheets] if sheets else []),
+            "True bits per dimension (pixel and channel) of 8-bit gray values; low is good, raw is 8.",
+            "A lossless code can spend the bound on average. +-: standard error, by patient.",
+        ]
+    )
+
+
+def _evaluation_head(r: dict[str, Any]) -> list[str]:
+    labels = {"true": "true labels", "null": "no labels (null)", "none": "unconditional"}[r["labels"]]
+    return [
+        f"{r['run']} at step {r['step']}, {r['weights']} weights, {labels}",
+        f"{r['data']}, split '{r['split']}': {r['num_images']} images of {r['num_patients']} patients, "
+        f"{r['draws']} draws of noise",
+    ]
+
+
+def _terms(r: dict[str, Any]) -> list[str]:
+    return [
+        _line("reconstruction", r["reconstruction_bpd"]),
+        _line("diffusion", r["diffusion_bpd"], digits=6),
+        _line("latent (prior)", r["latent_bpd"], digits=6),
+        _line("total: the bound", r["vlb_bpd"], note=_error(r, "vlb_bpd")),
+    ]
+
+
+def _line(name: str, value: float, unit: str = "bits/dim", note: str = "", digits: int = 4) -> str:
+    return f"  {name:<28}{value:>11.{digits}f} {unit:<10}{note}".rstrip()
+
+
+def _error(r: dict[str, Any], key: str) -> str:
+    stderr = r[f"{key}_stderr"]
+    return "+- unknown (one patient)" if stderr is None else f"+- {stderr:.4f}"
+
+
 #: Rows of an audit: title, key, digits.
 AUDIT_ROWS = (
     ("MS-SSIM of pairs (likeness)", "ms_ssim", 2),
@@ -99,6 +156,10 @@ AUDIT_ROWS = (
     ("  the smallest of the set", "nearest_pixel_least", 4),
     ("nearest training, PCA", "nearest_pca", 4),
 )
+_AUDIT_SETS = {
+    "decoded": "decoded: held-out images through encoder and decoder, the best samples can be",
+    "linear_gaussian": "lin.-Gauss.: samples without a network",
+}
 AUDIT_COLUMNS = {"samples": "samples", "decoded": "decoded", "linear_gaussian": "lin.-Gauss.", "real": "real"}
 
 
@@ -132,7 +193,6 @@ def audit_table(r: dict[str, Any]) -> str:
             "Good is: power 1; AUC 0.5 (a classifier cannot tell the set from real images; at",
             "1 it always can); all else as in the column real. Likeness above it: too alike.",
             "Fine power below 1: blurred. Nearest far below it: copies of training images.",
-            f"{real}; decoded: held-out images through",
-            "encoder and decoder, the best samples can be; lin.-Gauss.: samples without a network.",
+            textwrap.fill(f"{'; '.join([real, *(text for name, text in _AUDIT_SETS.items() if name in r)])}.", 86),
         ]
     )

@@ -73,11 +73,36 @@ def codec_bits(levels: np.ndarray, patients: Sequence[str] | np.ndarray | None =
         bits = sizes * 8 / (h * w * c)
         stderr = clustered_stderr(bits, patients)
         result |= {f"{name}_bpd": float(bits.mean()), f"{name}_bpd_stderr": None if math.isnan(stderr) else stderr}
-    small = min(h, w) <= SHEET_SIDE
-    whole = _file_bytes(sheets(levels)) if small else {}
-    return result | {
-        f"{name}_sheet_bpd": float(whole[name].sum() * 8 / levels.size) if small else None for name in CODECS
-    }
+    return result | sheet_bits(levels)
+
+
+def sheet_bits(levels: np.ndarray) -> dict[str, float | None]:
+    """Bits per dimension of all images side by side in one file: ``png_sheet_bpd``, ... as of :func:`codec_bits`.
+
+    Args:
+        levels: (n, h, w, c) or (n, h, w) uint8, gray or RGB.
+
+    Raises: as :func:`file_bytes`.
+    """
+    levels = _as_levels(levels)
+    if not has_sheets(levels.shape[1:]):
+        return {f"{name}_sheet_bpd": None for name in CODECS}
+    whole = _file_bytes(sheets(levels))
+    return {f"{name}_sheet_bpd": float(sizes.sum() * 8 / levels.size) for name, sizes in whole.items()}
+
+
+def has_sheets(image_shape: tuple[int, ...]) -> bool:
+    """Whether images (h, w, c) are so small that they are also coded as one sheet."""
+    return min(image_shape[:2]) <= SHEET_SIDE
+
+
+def check() -> None:
+    """Refuse to start where a codec is missing.
+
+    Raises:
+        MissingPackageError: imagecodecs is not installed or lacks a codec.
+    """
+    _load()
 
 
 def file_bytes(levels: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,6 +10,15 @@ What the numbers are, in bits per dimension unless said otherwise:
 * ``vlb_bpd_stderr``, over images, clustered by patient; ``vlb_bpd_stderr_noise``, over the draws of time and noise;
 * ``over_lingauss_bpd`` = vlb - linear-Gaussian VDM on the same images (below 0: the model is better), with the standard
   error of that *paired* difference, clustered by patient.
+
+A model of gray values (an 8-bit likelihood) has no floor, no picture of a latent and no Bernoulli baselines. Its bits
+are those of a lossless code, and its yardsticks are
+
+* ``gaussian_bpd`` and ``over_gaussian_bpd``: the Gaussian of :mod:`medvdm.evaluation.gaussian_images`;
+* ``png_bpd``, ``webp_bpd``, ``jpegls_bpd``, ``jxl_bpd``, as sheets ``png_sheet_bpd``, ... and ``over_jxl_bpd``: the
+  codecs of :mod:`medvdm.evaluation.codecs`, where they are asked for.
+
+Its ``rate_bits_per_image`` is nearly all of the bound, as z_0 shows the image almost as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +37,8 @@ from jaxtyping import Array, Float
 from medvdm.data import ImageData
 from medvdm.errors import InputError
 from medvdm.evaluation import baselines as baselines_
+from medvdm.evaluation import codecs as codecs_
+from medvdm.evaluation.gaussian_images import GaussianImages
 from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.models import vdm
 from medvdm.theory import bound
@@ -61,11 +72,13 @@ class ImageResults(NamedTuple):
 
     Attributes:
         terms: of the bound.
-        floor: (n,) entropy of the pixels; None for an 8-bit likelihood, like all that follows.
+        floor: (n,) entropy of the pixels; None for an 8-bit likelihood, like all that follows down to its own.
         psnr: (n,) of the reconstruction, dB.
         ssim: (n,) of the reconstruction; None for images too small for its window.
         mean_image, pca64: (n,) cross-entropy of these baselines; None where they are not fitted.
         lingauss, lingauss_rate: (n,) bound and rate of the linear-Gaussian VDM; None where it is not fitted.
+        gaussian: (n,) of the Gaussian of gray values; None for a Bernoulli likelihood, and where it is not fitted.
+        codecs: (n,) of each codec's file, by its name; None where they are not asked for.
     """
 
     terms: Terms
@@ -76,6 +89,8 @@ class ImageResults(NamedTuple):
     pca64: np.ndarray | None = None
     lingauss: np.ndarray | None = None
     lingauss_rate: np.ndarray | None = None
+    gaussian: np.ndarray | None = None
+    codecs: dict[str, np.ndarray] | None = None
 
 
 @partial(jax.jit, static_argnames=("graph",))
@@ -152,11 +167,12 @@ def _results_of_batch(
     graph: nnx.GraphDef,
     draws: int,
     baselines: baselines_.Baselines | None,
+    gaussian: GaussianImages | None,
 ) -> ImageResults:
     key_terms, key_picture = jax.random.split(key)
     terms = bound_terms(graph, params, on_devices, labels, draws=draws, key=key_terms)
     if x.dtype == np.uint8:  # z_0 shows the image as it is, and the entropy of gray values as probabilities is no floor
-        return ImageResults(terms=terms)
+        return ImageResults(terms=terms, gaussian=None if gaussian is None else gaussian.nats(x))
     x_hat = np.asarray(reconstruct(params, on_devices, key_picture, graph=graph))
     found = ImageResults(
         terms=terms,
@@ -203,10 +219,12 @@ def evaluate_weights(
     split: str,
     *,
     baselines: baselines_.Baselines | None = None,
+    gaussian: GaussianImages | None = None,
     null: bool = False,
     draws: int = 8,
     batch_size: int = 32,
     seed: int = 0,
+    codecs: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on one split, on all devices of all processes.
 
@@ -214,23 +232,35 @@ def evaluate_weights(
         graph, params: the model.
         data, split: the images.
         baselines: fitted on the model's own training images; their entries are None without it.
+        gaussian: the same of the Gaussian of gray values, for an 8-bit likelihood.
         null: evaluate a conditional model without the labels.
         draws: independent draws of time and noise per image, at least 2 for an error over them.
         batch_size: images at a time.
         seed: of the draws.
+        codecs: also code the images with lossless codecs, for an 8-bit likelihood.
 
     Returns:
-        The keys of :func:`summary`, and ``data``, ``split``, ``labels`` ('true', 'null' or 'none'), ``seconds``.
+        The keys of :func:`summary`, and ``data``, ``split``, ``labels`` ('true', 'null' or 'none'), ``likelihood``
+        ('bernoulli' or '8-bit'), ``seconds``.
 
     Raises:
-        InputError: draws or batch_size below 1, a seed of more than 32 bits, or data of another shape or number of
-            classes than the model.
+        InputError: draws or batch_size below 1, a seed of more than 32 bits, data of another shape or number of
+            classes than the model, or codecs for a Bernoulli likelihood.
+        MissingPackageError: codecs without the package for them.
         DataError: the split is empty.
     """
     start = time.perf_counter()
     model = vdm.merge(graph, params)
-    config, pictures = model.config, data.levels if model.architecture.likelihood.integers else data.read
+    config, integers = model.config, model.architecture.likelihood.integers
+    pictures = data.levels if integers else data.read
     check_counts(draws, batch_size, seed)
+    if codecs:
+        if not integers:
+            raise InputError(
+                f"codecs: a model with a Bernoulli likelihood (architecture '{config.architecture}'), whose bits are "
+                "no bits of a file; expected one of 8-bit gray values, as of the preset pixel, or no codecs"
+            )
+        codecs_.check()
     if data.image_shape != config.image_shape:
         raise InputError(f"{data.name}: images of shape {data.image_shape}; expected {config.image_shape}")
     labelled = config.classes > 0 and not null
@@ -245,17 +275,32 @@ def evaluate_weights(
     found = by_batches(
         read,
         len(indices),
-        partial(_results_of_batch, graph=graph, draws=draws, baselines=baselines),
+        partial(_results_of_batch, graph=graph, draws=draws, baselines=baselines, gaussian=gaussian),
         params,
         batch_size=batch_size,
         seed=seed,
     )
+    sheets = {}
+    if codecs:
+        found = found._replace(codecs=_codec_nats(pictures, indices))
+        if codecs_.has_sheets(config.image_shape):
+            sheets = codecs_.sheet_bits(pictures(indices))
     return {
         "data": data.name,
         "split": split,
         "labels": "true" if labelled else "null" if config.classes else "none",
+        "likelihood": "8-bit" if integers else "bernoulli",
         **summary(found, data.patients[indices], config.image_shape),
+        **sheets,
         "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _codec_nats(read: Callable[[np.ndarray], np.ndarray], indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The size of every image's file in nats, for each codec, (n,); a few images are in memory at a time."""
+    parts = [codecs_.file_bytes(read(indices[first : first + 64])) for first in range(0, len(indices), 64)]
+    return {
+        name: np.concatenate([part[name] for part in parts]) * (8.0 * math.log(2.0)) for name in codecs_.CODECS
     }
 
 
@@ -276,7 +321,9 @@ def summary(
     ``vlb_bpd`` is the negative bound, reconstruction + diffusion + latent (prior); ``floor_bpd`` the mean entropy of
     the pixels; ``excess_bpd`` their difference; ``rate_bits_per_image`` diffusion + latent. ``vlb_bpd_stderr`` is over
     images, clustered by patient, and ``vlb_bpd_stderr_noise`` over the draws. ``over_lingauss_bpd`` is the bound minus
-    that of the linear-Gaussian VDM on the same images, with the error of that paired difference.
+    that of the linear-Gaussian VDM on the same images, with the error of that paired difference; ``over_gaussian_bpd``
+    and ``over_jxl_bpd`` are the same for the Gaussian of gray values and for JPEG XL, image by image. The codecs'
+    ``_sheet_bpd`` are None here.
     """
     terms = found.terms
     totals = terms.total
@@ -289,7 +336,11 @@ def summary(
     def mean(values: np.ndarray | None) -> float | None:
         return None if values is None else float(values.mean())
 
-    over = None if found.lingauss is None else per_image - found.lingauss
+    def over(name: str, theirs: np.ndarray | None) -> dict[str, float | None]:
+        difference = None if theirs is None else per_image - theirs
+        stderr = None if difference is None else clustered_stderr(difference, patients)
+        return {f"over_{name}_bpd": bpd(mean(difference)), f"over_{name}_bpd_stderr": bpd(stderr)}
+
     vlb, floor, rate = float(totals.mean()), mean(found.floor), mean(found.lingauss_rate)
     return {
         "num_images": n,
@@ -308,10 +359,27 @@ def summary(
         "mean_image_bpd": bpd(mean(found.mean_image)),
         "pca64_bpd": bpd(mean(found.pca64)),
         "lingauss_bpd": bpd(mean(found.lingauss)),
-        "over_lingauss_bpd": bpd(mean(over)),
-        "over_lingauss_bpd_stderr": None if over is None else bpd(clustered_stderr(over, patients)),
+        **over("lingauss", found.lingauss),
         "lingauss_rate_bits_per_image": None if rate is None else rate / math.log(2.0),
+        "gaussian_bpd": bpd(mean(found.gaussian)),
+        **over("gaussian", found.gaussian),
+        **_codec_bits(found.codecs or {}, patients, bpd),
+        **over("jxl", (found.codecs or {}).get("jxl")),
     }
+
+
+def _codec_bits(
+    codecs: dict[str, np.ndarray],
+    patients: Sequence[str] | np.ndarray,
+    bpd: Callable[[float | None], float | None],
+) -> dict[str, float | None]:
+    """The keys of :func:`medvdm.evaluation.codecs.codec_bits`, None for a codec that was not asked for."""
+    result: dict[str, float | None] = {}
+    for name in codecs_.CODECS:
+        nats = codecs.get(name)
+        result[f"{name}_bpd"] = None if nats is None else bpd(float(nats.mean()))
+        result[f"{name}_bpd_stderr"] = None if nats is None else bpd(clustered_stderr(nats, patients))
+    return result | {f"{name}_sheet_bpd": None for name in codecs_.CODECS}
 
 
 def _stderr(values: np.ndarray) -> float:

@@ -92,7 +92,7 @@ def audit_sets(
     """The sets of images that an audit compares, each with the name of every image's patient, all of one size.
 
     ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
-    be; ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, images of the
+    be (missing for a diffusion on pixels, whose z_0 is the image); ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, images of the
     other held-out split (missing where it has fewer than four patients or ten images); ``held_out``, the real images
     that all others are held against. A drawn image is a patient of its own.
 
@@ -132,7 +132,10 @@ def audit_sets(
     linear = run.baselines.sample(n, seed)
     sets = {
         "samples": Set(drawn, _each_its_own("sample", n)),
-        "decoded": Set(_decoded(run, x, config), data.patients[held_out]),
+        # A latent of the image's shape shows the image itself, which says nothing about samples.
+        "decoded": None
+        if run.model.architecture.on_pixels
+        else Set(_decoded(run, x, config), data.patients[held_out]),
         "linear_gaussian": None
         if linear is None
         else Set(linear.reshape(drawn.shape), _each_its_own("linear-Gaussian sample", n)),

@@ -14,6 +14,7 @@ from medvdm.errors import InputError, InputTypeError
 from medvdm.evaluation import held_out
 from medvdm.images import as_images
 from medvdm.models import vdm
+from medvdm.models.likelihoods import check_levels
 from medvdm.runs.run import Run
 from medvdm.theory.bound import bits_per_dim
 
@@ -26,7 +27,7 @@ class ImageBound:
         nats: (n,) mean over the draws: an upper bound of -log p(x), up to ``stderr``.
         stderr: (n,) its standard error, from the spread of the draws.
         reconstruction, diffusion, prior: (n,) its three terms.
-        floor: (n,) entropy of the pixels, below which no Bernoulli model can go.
+        floor: (n,) entropy of the pixels, below which no Bernoulli model can go; None for a model of gray values.
         draws: independent draws of time and noise per image.
         image_shape: (height, width, channels).
     """
@@ -36,7 +37,7 @@ class ImageBound:
     reconstruction: np.ndarray
     diffusion: np.ndarray
     prior: np.ndarray
-    floor: np.ndarray
+    floor: np.ndarray | None
     draws: int
     image_shape: tuple[int, int, int]
 
@@ -52,7 +53,13 @@ class ImageBound:
 
     @property
     def excess_bits_per_dim(self) -> np.ndarray:
-        """(n,) the bound above the floor, in bits per pixel and channel: the part that depends on the model."""
+        """(n,) the bound above the floor, in bits per pixel and channel: the part that depends on the model.
+
+        Raises:
+            InputError: a model of gray values, whose bits have no floor that is known.
+        """
+        if self.floor is None:
+            raise InputError("excess: the run's model of 8-bit gray values has no floor; expected bits_per_dim")
         return bits_per_dim(self.nats - self.floor, self.image_shape)
 
 
@@ -76,7 +83,8 @@ def bound(
 
     Args:
         run: from :func:`load`.
-        images: (n, h, w) or (n, h, w, c), as many pixels as the run's; uint8, or float in [0, 1].
+        images: (n, h, w) or (n, h, w, c), as many pixels as the run's; uint8, or float in [0, 1]. A run with an 8-bit
+            likelihood takes uint8 only: :func:`medvdm.images.to_levels` rounds images in [0, 1].
         labels: for a conditional run, (n,) integers, positions in ``run.class_names``, or (n, k) of 0 and 1; the null,
             'no label given', if None.
         draws: independent draws of time and noise per image, at least 2.
@@ -86,10 +94,10 @@ def bound(
     Raises:
         InputError: values that are not finite or outside [0, 1], another shape than the run's, labels that do not fit
             or for an unconditional run, draws below 2, a batch size below 1, or a seed of more than 32 bits.
-        InputTypeError: images or labels of another dtype.
+        InputTypeError: images or labels of another dtype; images that are not uint8 for an 8-bit likelihood.
         RunError: labels, or the null, that the run was never trained with.
     """
-    images = as_images(np.asarray(images))
+    images = _levels(np.asarray(images)) if run.eight_bit else as_images(np.asarray(images))
     config = run.config.model
     if images.shape[1:] != config.image_shape:
         raise InputError(f"images: shape {images.shape}; expected (n, *{config.image_shape}), that of the run")
@@ -127,10 +135,20 @@ def _terms_of_batch(
     *,
     graph: nnx.GraphDef,
     draws: int,
-) -> tuple[held_out.Terms, np.ndarray]:
+) -> tuple[held_out.Terms, np.ndarray | None]:
     key_terms, _ = jax.random.split(key)  # as an evaluation does, whose second key is for its pictures
     terms = held_out.bound_terms(graph, params, on_devices, labels, draws=draws, key=key_terms)
-    return terms, held_out.entropy(x)
+    return terms, None if x.dtype == np.uint8 else held_out.entropy(x)
+
+
+def _levels(images: np.ndarray) -> np.ndarray:
+    """Images (n, h, w, c) of gray values, which are never rounded here."""
+    check_levels(images)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or 0 in images.shape:
+        raise InputError(f"images: shape {images.shape}; expected (n, h, w) or (n, h, w, c), none of them 0")
+    return images
 
 
 def _multi_hot(labels: np.ndarray, n: int, run: Run) -> np.ndarray:

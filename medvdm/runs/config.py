@@ -85,6 +85,8 @@ class EvaluateConfig:
     """Images at a time; the noise depends on it, the result's law does not."""
     seed: int = 0
     """Seed of the draws."""
+    codecs: bool = False
+    """Also give the bits of lossless codecs on the same images, for a model of 8-bit gray values (extra codecs)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medvdm.data import ImageData
+from medvdm.data.levels import level_use
 from medvdm.errors import InputError
 from medvdm.evaluation import held_out
 from medvdm.runs.config import EvaluateConfig, settings
@@ -38,11 +39,12 @@ def evaluate(
 
     Returns:
         The keys of :func:`medvdm.evaluation.held_out.evaluate_weights`; ``run``, ``version``, ``step`` and ``weights``
-        of what was evaluated; ``own_data``, whether the data are those of the training; their ``notes``; ``batch_size``
-        and ``seed``.
+        of what was evaluated; ``own_data``, whether the data are those of the training; their ``notes``, for a model of
+        gray values with those on the gray levels of the split; ``batch_size`` and ``seed``.
 
     Raises:
-        InputError: an unknown setting, or a value that cannot be used.
+        InputError: an unknown setting, a value that cannot be used, or codecs for a Bernoulli likelihood.
+        MissingPackageError: codecs without the package for them.
         RunError: the run's own data have changed, the labels or the null were not trained, or the result cannot be
             written into the run's folder.
     """
@@ -65,6 +67,7 @@ def evaluate(
         run.params,
         data,
         baselines=run.baselines,
+        gaussian=run.gaussian,
         **vars(config),
     )
     result = {
@@ -75,7 +78,7 @@ def evaluate(
         "own_data": same,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "notes": list(data.notes),
+        "notes": [*data.notes, *(_level_notes(data, config.split) if run.eight_bit else ())],
         **found,
     }
     if save and first_process():
@@ -85,8 +88,15 @@ def evaluate(
     return result
 
 
+def _level_notes(data: ImageData, split: str) -> tuple[str, ...]:
+    """What makes the bits per dimension of these images lower or higher for another reason than the model."""
+    why = () if data.reading is None else data.reading.rounded_from
+    return level_use(data.reader, data.indices(split), why).notes
+
+
 def _name(run: Run, data: ImageData, config: EvaluateConfig, same: bool) -> str:
     """A name for the result: the same for the same evaluation, and another for any other."""
     parts = [safe_name(data.name), config.split, str(run.step), run.weights, *(["null"] if config.null else [])]
     parts += [f"draws{config.draws}", f"batch{config.batch_size}", f"seed{config.seed}"]
+    parts += ["codecs"] if config.codecs else []
     return "-".join(parts if same else [*parts, data.fingerprint()])  # other data may bear the same name

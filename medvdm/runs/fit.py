@@ -23,7 +23,7 @@ import numpy as np
 from medvdm import data as data_
 from medvdm.data import ImageData
 from medvdm.errors import DivergedError, InputError, RunError, StoppedError
-from medvdm.evaluation import baselines
+from medvdm.evaluation import baselines, gaussian_images
 from medvdm.evaluation.components import check_components, principal_components
 from medvdm.models import vdm
 from medvdm.paths import local_path
@@ -39,6 +39,7 @@ from medvdm.runs.store import (
     CHECKPOINTS,
     CONFIG,
     EVALUATIONS,
+    GAUSSIAN,
     LOCK,
     METRICS,
     holds_run,
@@ -124,6 +125,8 @@ def fit(
         read_back(out / CHECKPOINTS, like, step, settings=settings["settings"])
         if first_process():
             baselines.load(out / BASELINES)
+            if _has_gaussian(config, data):
+                gaussian_images.load(out / GAUSSIAN)
             renew_card(out)
         barrier("finished")
     if stopped and step < config.training.steps:
@@ -163,7 +166,7 @@ def _check_content(out: Path, resume: bool) -> None:
         return
     if holds_run(out):
         raise RunError(f"out: {out} holds a run already; expected a new folder, or --resume to continue it")
-    left = [name for name in (CHECKPOINTS, BEST, METRICS, EVALUATIONS, BASELINES) if (out / name).exists()]
+    left = [name for name in (CHECKPOINTS, BEST, METRICS, EVALUATIONS, BASELINES, GAUSSIAN) if (out / name).exists()]
     if left:
         raise RunError(f"out: {out} holds {left[0]} of a run without its {CONFIG}; expected a new or empty folder")
 
@@ -321,6 +324,8 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
             images, data.read(_spread(np.flatnonzero(data.splits == "val"), baselines.MAX_VALIDATION_IMAGES))
         )
         baselines.save(fitted, out / BASELINES)
+        if _has_gaussian(config, data):
+            gaussian_images.save(_gaussian(data), out / GAUSSIAN)
         record = {
             "version": version(),
             "config": config_.to_json(config),
@@ -332,9 +337,23 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
         }
         write_json(out / CONFIG, record)
     except BaseException:
-        (out / BASELINES).unlink(missing_ok=True)
+        for name in (BASELINES, GAUSSIAN):
+            (out / name).unlink(missing_ok=True)
         raise
     return images
+
+
+def _has_gaussian(config: RunConfig, data: ImageData) -> bool:
+    """Whether the Gaussian of gray values is fitted: for a model of them, with images to choose its diagonal on."""
+    return _integers(config) and bool(np.any(data.splits == "val"))
+
+
+def _gaussian(data: ImageData) -> gaussian_images.GaussianImages:
+    """The Gaussian of the training images, which are read in parts."""
+    train = _spread(data.indices("train"), gaussian_images.MAX_IMAGES)
+    validation = _spread(data.indices("val"), gaussian_images.MAX_VALIDATION_IMAGES)
+    parts = (data.levels(train[first : first + 64]) for first in range(0, len(train), 64))
+    return gaussian_images.fit(parts, data.levels(validation))
 
 
 def _extend(out: Path, config: RunConfig, note: str) -> None:

@@ -173,7 +173,7 @@ def _short(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 def _headline(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The evaluation to speak of first: of the model's own held-out images, by its newest weights and most draws."""
     own = [e for e in evaluations if e.get("split") in ("test", "val") and e.get("own_data") is not False]
-    own = [e for e in own if isinstance(e.get("excess_bpd"), int | float)]
+    own = [e for e in own if isinstance(e.get("vlb_bpd" if _eight_bit(e) else "excess_bpd"), int | float)]
 
     def rank(e: Mapping[str, Any]) -> tuple[Any, ...]:
         return e["split"] == "test", e.get("step") or 0, e.get("labels") != "null", e.get("draws") or 0
@@ -184,6 +184,8 @@ def _headline(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | N
 def _in_words(e: Mapping[str, Any]) -> list[str]:
     """An evaluation in two sentences."""
     on = f"{_count(e.get('num_images'))} {e['split']} images of {_count(e.get('num_patients'))} patients"
+    if _eight_bit(e):
+        return _eight_bit_in_words(e, on)
     lines = [
         f"**How good it is on new images**: measured on {on} that were not trained on, it is"
         f" **{_number(e['excess_bpd'], _bpd)} bits per pixel** above the least that any model could reach"
@@ -201,6 +203,26 @@ def _in_words(e: Mapping[str, Any]) -> list[str]:
             compared += " The model knows less than the mean image."
         lines.append(compared)
     return lines
+
+
+def _eight_bit_in_words(e: Mapping[str, Any], on: str) -> list[str]:
+    """The same for a model of 8-bit gray values."""
+    error = e.get("vlb_bpd_stderr")
+    lines = [
+        f"**How good it is on new images**: measured on {on} that were not trained on, it describes an image exactly"
+        f" with **{_number(e['vlb_bpd'], _two)} bits per pixel** and channel"
+        + ("" if error is None else f" (± {_number(error, _two)})")
+        + ", smaller is better; stored as they are, they take 8."
+    ]
+    names = {"gaussian_bpd": "a Gaussian without a network", "png_bpd": "PNG files", "jxl_bpd": "JPEG XL files"}
+    names |= {"jxl_sheet_bpd": "one JPEG XL file of all images"}
+    found = [f"{name} {_number(e[key], _two)}" for key, name in names.items() if isinstance(e.get(key), int | float)]
+    return lines + ([f"**To compare with**, on the same images: {', '.join(found)}."] if found else [])
+
+
+def _eight_bit(e: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of a model of 8-bit gray values."""
+    return e.get("likelihood") == "8-bit"
 
 
 def _samples_in_words(a: Mapping[str, Any]) -> list[str]:
@@ -261,7 +283,11 @@ def _limits(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         " device or hospital.",
         "Samples can show shapes that no body has, and can resemble training images; no test here proves that"
         " none was memorised.",
-        "The pixels are independent given the latent, so images are smooth and small structures are lost.",
+        *(
+            []
+            if data.get("level_use")  # a diffusion on the pixels themselves
+            else ["The pixels are independent given the latent, so images are smooth and small structures are lost."]
+        ),
         "No reader study and no clinical validation has been done.",
     ]
     if not record.get("evaluations"):
@@ -279,7 +305,8 @@ def _data(data: Mapping[str, Any]) -> str:
         if data.get(key):
             lines.append(f"{title}: {_inline(data[key])}")
     if data.get("image_shape"):
-        lines.append(f"Images: {_shape(data['image_shape'])}, values in [0, 1]")
+        values = "gray values from 0 to 255" if data.get("level_use") else "values in [0, 1]"
+        lines.append(f"Images: {_shape(data['image_shape'])}, {values}")
     if data.get("class_names"):
         lines.append(f"Classes: {', '.join(map(_inline, data['class_names']))}")
     lines += _reading(_part(data, "reading"))
@@ -363,7 +390,9 @@ def _bpd(value: float) -> str:
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 
-_ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+Row = tuple[str, str, str, Callable[[float], str]]  #: title, key, unit, how to write a number
+
+_ROWS: tuple[Row, ...] = (
     ("images", "num_images", "", lambda v: f"{v:,}"),
     ("patients", "num_patients", "", lambda v: f"{v:,}"),
     ("draws of noise per image", "draws", "", lambda v: f"{v:,}"),
@@ -382,6 +411,22 @@ _ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("baseline: PCA-64, no rate charged", "pca64_bpd", "bits/dim", _bpd),
     ("baseline: linear-Gaussian VDM, total", "lingauss_bpd", "bits/dim", _bpd),
 )
+#: The rows of a model of 8-bit gray values; those that were not measured are left out.
+_EIGHT_BIT_ROWS: tuple[Row, ...] = (
+    *_ROWS[:4],
+    ("**negative bound (total)**", "vlb_bpd", "bits/dim", _bpd),
+    *(row for row in _ROWS if row[1] in ("vlb_bpd_stderr", "reconstruction_bpd", "diffusion_bpd", "latent_bpd")),
+    ("Gaussian of the training images", "gaussian_bpd", "bits/dim", _bpd),
+    ("bound minus that", "over_gaussian_bpd", "bits/dim", _bpd),
+    ("its standard error", "over_gaussian_bpd_stderr", "bits/dim", _bpd),
+    *(
+        (f"{title}, {how}", f"{name}{key}", "bits/dim", _bpd)
+        for how, key in (("a file per image", "_bpd"), ("all in one file", "_sheet_bpd"))
+        for name, title in (("png", "PNG"), ("webp", "WebP"), ("jpegls", "JPEG-LS"), ("jxl", "JPEG XL"))
+    ),
+    ("bound minus JPEG XL, a file per image", "over_jxl_bpd", "bits/dim", _bpd),
+    ("its standard error", "over_jxl_bpd_stderr", "bits/dim", _bpd),
+)
 
 
 def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -396,8 +441,9 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         )
     head = ["", "unit", *(_column(e, data) for e in evaluations)]
     rows = []
-    for title, key, unit, show in _ROWS:
-        if any(key in e for e in evaluations):
+    eight_bit = any(map(_eight_bit, evaluations))
+    for title, key, unit, show in _EIGHT_BIT_ROWS if eight_bit else _ROWS:
+        if any(e.get(key) is not None if eight_bit else key in e for e in evaluations):
             rows.append([title, unit, *(_number(e.get(key), show) for e in evaluations)])
     own = set(data.get("notes") or ())
     notes = [
@@ -408,7 +454,7 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         if note not in own
     ]
     about = "".join(f"\n{line}" for line in ["", _bullets(dict.fromkeys(notes))] if notes)
-    return f"## Results\n\n{_table(head, rows, left=2)}{about}{left_out}\n\n{_MEANING}"
+    return f"## Results\n\n{_table(head, rows, left=2)}{about}{left_out}\n\n{_EIGHT_BIT_MEANING if eight_bit else _MEANING}"
 
 
 def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -439,6 +485,23 @@ _MEANING = """### What the numbers mean
   bits/dim of models of 8-bit images.
 - The cross-entropy is nearly blind to blur: a small excess is no proof of sharp images. No number of the table measures
   whether samples are anatomically right, or whether they repeat training images.
+- A dash means: not computed."""
+
+
+_EIGHT_BIT_MEANING = """### What the numbers mean
+
+- *bits/dim* is bits per pixel and channel; smaller is better.
+- The *negative bound* is reconstruction + diffusion + latent: an upper bound on the mean of -log2 of the probability
+  that the model gives to an image of 8-bit gray values. Its standard error is over images, with those of one patient
+  counted as one cluster.
+- The probabilities of all images sum to one. So the bound is comparable with the bits/dim of other 8-bit models on the
+  same images, and with the files of lossless codecs: a lossless code that uses the model can spend that much on
+  average. It would be slow, and none is part of medvdm.
+- Codecs' files include their headers, which cost small images much; *all in one file* has one for all of them.
+- Gray values that were rounded, smoothed, lossily compressed or have gaps take fewer bits for reasons that are not the
+  model's: see the notes.
+- Few bits are mostly a matter of fine detail and noise. They are no proof that samples are anatomically right or that
+  they repeat no training image.
 - A dash means: not computed."""
 
 
@@ -501,7 +564,8 @@ def _with_error(found: Mapping[str, Any], key: str) -> str:
 
 
 _AUDIT_MEANING = """Compare *samples* with *real*, images of the other held-out split: what chance does.
-*decoded* are held-out images through encoder and decoder, the best that samples can be. ± is a standard error.
+A column *decoded* is of held-out images through encoder and decoder, the best that samples can be. ± is a standard
+error.
 Nothing here says whether a sample is anatomically right, and a large distance to the nearest training image is no
 proof that nothing was memorised."""
 

@@ -15,11 +15,12 @@ from medvdm import data as data_
 from medvdm.data import DataConfig, ImageData
 from medvdm.errors import InputError, MissingFileError, RunError
 from medvdm.evaluation import baselines as baselines_
+from medvdm.evaluation import gaussian_images
 from medvdm.models import vdm
 from medvdm.paths import local_path
 from medvdm.runs import config as config_
 from medvdm.runs.config import RunConfig
-from medvdm.runs.store import BASELINES, BEST, CHECKPOINTS, METRICS, read_lines, read_record
+from medvdm.runs.store import BASELINES, BEST, CHECKPOINTS, GAUSSIAN, METRICS, read_lines, read_record
 from medvdm.training.checkpoints import Checkpoints
 from medvdm.training.devices import Layout, available, local
 
@@ -55,6 +56,21 @@ class Run:
     def baselines(self) -> baselines_.Baselines:
         """The baselines that were fitted on the run's training images."""
         return baselines_.load(self.path / BASELINES)
+
+    @cached_property
+    def gaussian(self) -> gaussian_images.GaussianImages | None:
+        """The Gaussian of gray values that was fitted on the run's training images.
+
+        None for a model of images in [0, 1], and where there were no validation images to choose it on.
+        """
+        if not self.eight_bit or not self.record["data"]["counts"]["val"]["images"]:
+            return None
+        return gaussian_images.load(self.path / GAUSSIAN)
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether the model's images are gray values from 0 to 255, with a law over all 256, or lie in [0, 1]."""
+        return vdm.ARCHITECTURES[self.config.model.architecture].likelihood.integers
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 =====================  ===================================================================================
 ``config.json``        version, settings, data and environment: the record that everything else is made from
 ``baselines.npz``      the baselines, fitted on the training images
+``gaussian.npz``       the Gaussian of gray values fitted on them, for a model of gray values with validation images
 ``checkpoints/``       Orbax checkpoints, the newest ones
 ``best/``              the weights with the least validation bound (``keep_best``)
 ``metrics.jsonl``      one line per training step
@@ -66,7 +67,8 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-CONFIG, BASELINES, CHECKPOINTS, BEST = "config.json", "baselines.npz", "checkpoints", "best"
+CONFIG, BASELINES, GAUSSIAN = "config.json", "baselines.npz", "gaussian.npz"
+CHECKPOINTS, BEST = "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
 AUDITS, LOCK = "audits", ".lock"
 

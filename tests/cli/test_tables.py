@@ -10,6 +10,7 @@ from medvdm.cli.tables import AUDIT_ROWS, audit_table, evaluation_table
 
 EVALUATION: dict[str, Any] = {
     **{"run": "first", "step": 300, "weights": "raw", "labels": "true", "data": "phantom", "split": "test"},
+    "likelihood": "bernoulli",
     **{"num_images": 123, "num_patients": 61, "draws": 8, "reconstruction_bpd": 0.86123, "diffusion_bpd": 0.004211},
     **{"latent_bpd": 0.000057, "vlb_bpd": 0.8655, "vlb_bpd_stderr": 0.0021, "floor_bpd": 0.8523, "excess_bpd": 0.0132},
     **{"rate_bits_per_image": 44.04, "psnr_db": 21.987, "ssim": 0.7654, "lingauss_bpd": 0.8711, "pca64_bpd": 0.8601},
