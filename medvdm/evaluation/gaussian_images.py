@@ -109,9 +109,7 @@ def fit(train: Iterable[np.ndarray], validation: np.ndarray) -> GaussianImages:
         best = int(np.argmin(costs))
         found.append((costs[best], float(NOISES[best]), basis, variances))
     _, noise, basis, variances = min(found, key=lambda one: one[0])
-    return GaussianImages(
-        mean=moments.mean, basis=basis, variances=variances, noise=noise, num_images=moments.count
-    )
+    return GaussianImages(mean=moments.mean, basis=basis, variances=variances, noise=noise, num_images=moments.count)
 
 
 class _Moments:

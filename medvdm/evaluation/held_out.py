@@ -299,9 +299,7 @@ def evaluate_weights(
 def _codec_nats(read: Callable[[np.ndarray], np.ndarray], indices: np.ndarray) -> dict[str, np.ndarray]:
     """The size of every image's file in nats, for each codec, (n,); a few images are in memory at a time."""
     parts = [codecs_.file_bytes(read(indices[first : first + 64])) for first in range(0, len(indices), 64)]
-    return {
-        name: np.concatenate([part[name] for part in parts]) * (8.0 * math.log(2.0)) for name in codecs_.CODECS
-    }
+    return {name: np.concatenate([part[name] for part in parts]) * (8.0 * math.log(2.0)) for name in codecs_.CODECS}
 
 
 def check_counts(draws: int, batch_size: int, seed: int) -> None:

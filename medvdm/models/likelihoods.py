@@ -84,7 +84,7 @@ LEVELS = 256  #: gray values
 SPACING = 2.0 / (LEVELS - 1)  #: between two neighbours on the scale of [-1, 1]
 
 
-def check_levels(x: Array) -> None:
+def check_levels(x: Array | np.ndarray) -> None:
     """Refuse what are no gray values of 8 bits; nothing is ever cast to them on the way.
 
     Raises:

@@ -133,9 +133,7 @@ def audit_sets(
     sets = {
         "samples": Set(drawn, _each_its_own("sample", n)),
         # A latent of the image's shape shows the image itself, which says nothing about samples.
-        "decoded": None
-        if run.model.architecture.on_pixels
-        else Set(_decoded(run, x, config), data.patients[held_out]),
+        "decoded": None if run.model.architecture.on_pixels else Set(_decoded(run, x, config), data.patients[held_out]),
         "linear_gaussian": None
         if linear is None
         else Set(linear.reshape(drawn.shape), _each_its_own("linear-Gaussian sample", n)),

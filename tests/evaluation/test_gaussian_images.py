@@ -50,9 +50,7 @@ def many():
 def few():
     mean, covariance = law(shape=(12, 12, 1), scale=3.0)
     covariance = scipy.linalg.toeplitz(150 * 0.9 ** np.arange(144.0))  # about what a stationary image has
-    return gaussian.fit(
-        [draw(12, mean, covariance, (12, 12, 1))], draw(12, mean, covariance, (12, 12, 1), seed=2)
-    )
+    return gaussian.fit([draw(12, mean, covariance, (12, 12, 1))], draw(12, mean, covariance, (12, 12, 1), seed=2))
 
 
 def test_the_better_basis_is_chosen_on_validation_images(many, few):
@@ -126,9 +124,7 @@ def test_the_diagonal_is_chosen_on_validation_images_and_never_on_training_image
     train, validation, test = (draw(n, mean, covariance, seed=s) for n, s in ((10, 4), (50, 5), (200, 6)))
     fitted = gaussian.fit([train], validation)
     assert gaussian.NOISES[0] < fitted.noise < gaussian.NOISES[-1]
-    costs = [
-        gaussian.GaussianImages(**{**vars(fitted), "noise": r}).nats(validation).mean() for r in gaussian.NOISES
-    ]
+    costs = [gaussian.GaussianImages(**{**vars(fitted), "noise": r}).nats(validation).mean() for r in gaussian.NOISES]
     assert fitted.noise == gaussian.NOISES[int(np.argmin(costs))]
     other = gaussian.fit([train], train)
     assert other.noise < fitted.noise and other.nats(test).mean() > fitted.nats(test).mean()

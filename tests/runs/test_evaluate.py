@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +18,13 @@ from helpers import STEPS, tree
 import medvdm
 from medvdm.cli.tables import evaluation_table
 from medvdm.data import ImageData, from_arrays
-from medvdm.errors import InputError, RunError
+from medvdm.errors import InputError, MissingPackageError, RunError
+from medvdm.evaluation import codecs, gaussian_images
+from medvdm.evaluation.held_out import TERMS
+from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.runs import config as config_
-from medvdm.runs.run import load_data
+from medvdm.runs import fit
+from medvdm.runs.run import Run, load_data
 from medvdm.runs.store import safe_name
 
 
@@ -215,3 +223,133 @@ def test_another_image_size_than_the_runs_is_refused(path: Path, tmp_path: Path)
         load_data(run, data_dir=str(pictures(tmp_path / "large", 32, 32)))
     with pytest.raises(InputError, match="image_size: 16; expected that of the run's images, 16x20"):
         load_data(run, image_size=16)
+
+
+# A model of gray values
+
+
+@pytest.fixture(scope="module")
+def pixels(trained_pixels: Path) -> Run:
+    return medvdm.load(trained_pixels)
+
+
+@pytest.fixture(scope="module")
+def measured(pixels: Run) -> dict[str, Any]:
+    return medvdm.evaluate(pixels, split="val", draws=2, codecs=True, save=False)
+
+
+def test_an_eight_bit_run_has_true_bits_and_its_own_yardsticks(pixels: Run, measured: dict[str, Any]) -> None:
+    data = load_data(pixels)
+    levels = data.levels(data.indices("val"))
+    patients = data.patients[data.indices("val")]
+    bits = levels[0].size * math.log(2)
+    assert measured["likelihood"] == "8-bit"
+    assert measured["vlb_bpd"] == pytest.approx(sum(measured[name] for name in TERMS), rel=1e-9)
+    gaussian = pixels.gaussian.nats(levels) / bits
+    assert measured["gaussian_bpd"] == pytest.approx(gaussian.mean(), rel=1e-9)
+    expected = codecs.codec_bits(levels, patients)
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert measured["jxl_sheet_bpd"] < measured["jxl_bpd"], "images of 16 x 16 pixels are mostly headers"
+
+    ours = medvdm.bound(pixels, levels, data.labels[data.indices("val")], draws=2).bits_per_dim
+    assert ours.mean() == pytest.approx(measured["vlb_bpd"], rel=1e-6)
+    jxl = codecs.file_bytes(levels)["jxl"] * 8 / levels[0].size
+    for name, theirs in {"gaussian": gaussian, "jxl": jxl}.items():
+        assert measured[f"over_{name}_bpd"] == pytest.approx((ours - theirs).mean(), rel=1e-4)
+        stderr = clustered_stderr(ours - theirs, patients)
+        assert measured[f"over_{name}_bpd_stderr"] == pytest.approx(stderr, rel=1e-4)
+
+
+def test_keys_that_make_no_sense_are_null_for_either_kind(path: Path, pixels: Run, measured: dict[str, Any]) -> None:
+    bernoulli = medvdm.evaluate(medvdm.load(path), split="val", draws=1, save=False)
+    assert bernoulli["likelihood"] == "bernoulli" and list(bernoulli) == list(measured)
+    for name in ("floor", "excess", "mean_image", "pca64", "lingauss", "over_lingauss", "over_lingauss_bpd_stderr"):
+        assert measured[name if name.endswith("stderr") else f"{name}_bpd"] is None, name
+    assert measured["psnr_db"] is measured["ssim"] is measured["lingauss_rate_bits_per_image"] is None
+    own = [name for name in bernoulli if name.startswith(("gaussian", "over_gaussian", "over_jxl", *codecs.CODECS))]
+    assert len(own) == 1 + 2 + 2 + 3 * 4 and all(bernoulli[name] is None for name in own)
+    plain = medvdm.evaluate(pixels, split="val", draws=2, save=False)
+    others = ("seconds", "over_jxl_bpd", "over_jxl_bpd_stderr")
+    for name, value in plain.items():
+        if name.startswith((*codecs.CODECS, "over_jxl")):
+            assert value is None, name
+        elif name not in others:
+            assert value == measured[name], name
+
+
+def test_codecs_are_for_gray_values_and_need_their_package(
+    path: Path, pixels: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(path)
+    with pytest.raises(InputError, match="codecs: a model with a Bernoulli likelihood .*; expected one of 8-bit"):
+        medvdm.evaluate(medvdm.load(path), codecs=True)
+    assert tree(path) == before
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    monkeypatch.setattr("medvdm.evaluation.held_out.by_batches", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(MissingPackageError, match=r"pip install 'medvdm\[codecs\]'"):
+        medvdm.evaluate(pixels, codecs=True, save=False)
+
+
+def test_results_with_codecs_and_without_have_files_of_their_own(trained_pixels: Path, tmp_path: Path) -> None:
+    """And the card and the table tell both."""
+    path = Path(shutil.copytree(trained_pixels, tmp_path / "run"))
+    run = medvdm.load(path)
+    plain = medvdm.evaluate(run, split="test", draws=2)
+    assert "JPEG XL" not in (path / "MODEL_CARD.md").read_text()
+    both = medvdm.evaluate(run, split="test", draws=2, codecs=True)
+    assert len(list((path / "results").iterdir())) == 2
+    card = (path / "MODEL_CARD.md").read_text()
+    for name in ("vlb_bpd", "gaussian_bpd", "jxl_bpd", "jxl_sheet_bpd", "over_gaussian_bpd"):
+        assert f" {both[name]:.4f} |" in card, name
+    assert f"**{both['vlb_bpd']:.2f} bits per pixel**" in card and "gray values from 0 to 255" in card
+    for foreign in ("floor", "PCA-64", "mean image", "Bernoulli", "PSNR", "independent given the latent"):
+        assert foreign not in card, foreign
+    table = evaluation_table(plain)
+    assert f"{plain['gaussian_bpd']:.4f} bits/dim" in table and "JPEG XL" not in table
+
+
+def test_other_gray_values_have_notes_on_their_own_levels(pixels: Run) -> None:
+    """Twelve of 256 levels take few bits, and float images were rounded: the result says both."""
+    drawn = np.random.default_rng(0).integers(0, 12, (80, 16, 16)) * 20
+    data = from_arrays(drawn.astype(np.uint8), splits=["test"] * 80)
+    found = medvdm.evaluate(pixels, data, draws=1, null=True, save=False)
+    assert any("gray levels between 0 and 220 never occur" in note for note in found["notes"])
+    assert "never occur" in evaluation_table(found)
+    rounded = from_arrays(np.random.default_rng(0).uniform(size=(8, 16, 16)), splits=["test"] * 8)
+    found = medvdm.evaluate(pixels, rounded, draws=1, null=True, save=False)
+    assert any("rounded to 256 levels" in note for note in found["notes"])
+
+
+def test_a_run_without_validation_images_has_no_gaussian(pixels: Run, tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    data = from_arrays(drawn, splits=["train"] * 8 + ["test"] * 4)
+    fit._prepare(tmp_path, fit.fill_in(pixels.config, data), data, [])
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "baselines.npz"}
+    run = dataclasses.replace(pixels, path=tmp_path, record=json.loads((tmp_path / "config.json").read_text()))
+    assert run.gaussian is None
+    found = medvdm.evaluate(run, data, draws=1, null=True, save=False)
+    assert found["gaussian_bpd"] is found["over_gaussian_bpd"] is None and found["vlb_bpd"] > 0
+    assert "Gaussian" not in evaluation_table(found)
+
+
+def test_the_gaussian_is_that_of_the_training_images_and_is_never_left_alone(
+    pixels: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_data(pixels)
+    levels = {split: data.levels(data.indices(split)) for split in ("train", "val")}
+    fitted = gaussian_images.fit([levels["train"]], levels["val"])
+    assert pixels.gaussian.nats(levels["val"]) == pytest.approx(fitted.nats(levels["val"]), rel=1e-9)
+    monkeypatch.setattr(fit, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit._prepare(tmp_path, pixels.config, data, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_gaussian_is_refused(trained_pixels: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(trained_pixels, tmp_path / "run"))
+    (path / "gaussian.npz").write_bytes((path / "gaussian.npz").read_bytes()[:100])
+    with pytest.raises(RunError, match=r"gaussian\.npz"):
+        medvdm.evaluate(medvdm.load(path), draws=1)
+    (path / "gaussian.npz").unlink()
+    with pytest.raises(RunError, match=r"gaussian\.npz"):
+        medvdm.evaluate(medvdm.load(path), draws=1)

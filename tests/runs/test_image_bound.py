@@ -101,6 +101,27 @@ def test_what_cannot_be_meant_is_refused(loaded: Run, given: tuple[np.ndarray, n
         assert "\n" not in str(caught.value)
 
 
+def test_gray_values_of_an_eight_bit_run(trained_pixels: Path) -> None:
+    """uint8 and nothing else, which no one rounds unasked; there is no floor."""
+    run = medvdm.load(trained_pixels)
+    levels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
+    found = medvdm.bound(run, levels, draws=4)
+    assert found.floor is None
+    error = float(np.linalg.norm(found.bits_per_dim_stderr)) / 3
+    assert found.bits_per_dim.mean() > 8 - 4.5 * error, "uniform noise has 8 bits"
+    np.testing.assert_array_equal(medvdm.bound(run, levels[..., 0], draws=4).nats, found.nats)
+    with pytest.raises(InputError, match="excess: .* no floor; expected bits_per_dim"):
+        _ = found.excess_bits_per_dim
+    for wrong in (levels / 255.0, levels.astype(np.int64), levels > 100):
+        with pytest.raises(InputTypeError, match=r"expected uint8.*medvdm\.images\.to_levels") as caught:
+            medvdm.bound(run, wrong)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"shape \(3, 8, 16, 1\); expected"):
+        medvdm.bound(run, levels[:, :8])
+    with pytest.raises(InputError, match="none of them 0"):
+        medvdm.bound(run, levels[:0])
+
+
 def test_what_was_never_trained_is_refused(loaded: Run, given: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = given
     for dropout, hot, words in ((0.0, None, "null .* was not trained"), (1.0, labels, "labels were not trained")):
