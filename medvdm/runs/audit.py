@@ -92,9 +92,10 @@ def audit_sets(
     """The sets of images that an audit compares, each with the name of every image's patient, all of one size.
 
     ``samples`` of the run; ``decoded``, the held-out images through encoder and decoder, the best that samples can
-    be (missing for a diffusion on pixels, whose z_0 is the image); ``linear_gaussian``, samples of the baseline (missing without one); ``real``, the yardstick, images of the
-    other held-out split (missing where it has fewer than four patients or ten images); ``held_out``, the real images
-    that all others are held against. A drawn image is a patient of its own.
+    be (missing for a diffusion on pixels, whose z_0 is the image); ``linear_gaussian``, samples of the baseline
+    (missing without one); ``real``, the yardstick, images of the other held-out split (missing where it has fewer than
+    four patients or ten images); ``held_out``, the real images that all others are held against. A drawn image is a
+    patient of its own.
 
     The size is ``num``, or what the smaller of the two splits has. Real images are drawn at random.
 

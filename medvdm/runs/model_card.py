@@ -454,7 +454,8 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         if note not in own
     ]
     about = "".join(f"\n{line}" for line in ["", _bullets(dict.fromkeys(notes))] if notes)
-    return f"## Results\n\n{_table(head, rows, left=2)}{about}{left_out}\n\n{_EIGHT_BIT_MEANING if eight_bit else _MEANING}"
+    meaning = _EIGHT_BIT_MEANING if eight_bit else _MEANING
+    return f"## Results\n\n{_table(head, rows, left=2)}{about}{left_out}\n\n{meaning}"
 
 
 def _column(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ def test_it_is_above_the_mass_of_every_image():
 
 
 def test_images_of_a_gaussian_cost_its_entropy_and_what_the_fit_costs(many):
-    """The cost of unseen images: above the entropy of the law, by the rounding and half a nat per fitted number and image.
+    """The cost of unseen images: above the entropy of the law, by rounding and half a nat per fitted number and image.
 
     Gray values and the uniform noise on them are both off by one twelfth of a squared gray level.
     """
