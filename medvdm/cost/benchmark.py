@@ -1,8 +1,8 @@
 """Time the library's training step against a plain JAX step with the same arithmetic, interleaved in one process.
 
-The plain step is written by hand below: a dict of arrays, ``jnp`` and the same optax chain; no modules, no configs.
-Both start from the same weights and draw the same noise, so their first losses must agree, which is checked. Times on
-a shared machine drift, so the two take turns and the *ratio* of paired times is what counts.
+The plain step is written by hand (:mod:`medvdm.cost.plain`). Both start from the same weights and draw the same noise,
+so their first losses must agree, which is checked. Times on a shared machine drift, so the two take turns and the
+*ratio* of paired times is what counts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from medvdm import data as data_
+from medvdm.cost import plain as plain_
 from medvdm.cost import roofline as roofline_
 from medvdm.data import ImageData
 from medvdm.errors import InputError
@@ -32,98 +32,6 @@ from medvdm.training.devices import Layout
 from medvdm.training.step import augmentations, jit_step, new_state
 
 DEFAULTS = BenchmarkConfig()
-
-
-def plain_loss(config: RunConfig, p: dict[str, Any], x: jax.Array, labels: jax.Array | None, key: jax.Array) -> Any:
-    """The loss of the presets (fixed linear schedule) in plain JAX, bits per dimension."""
-    m, n = config.model, x.shape[0]
-    pixels = math.prod(m.image_shape)
-
-    def dense(q: dict[str, Any], h: jax.Array) -> jax.Array:
-        return h @ q["kernel"] + q["bias"]
-
-    def swish(h: jax.Array) -> jax.Array:
-        return h * jax.nn.sigmoid(h)
-
-    def block(q: dict[str, Any], h: jax.Array, film: jax.Array | None = None) -> jax.Array:
-        mean = h.mean(-1, keepdims=True)
-        variance = jnp.maximum((h * h).mean(-1, keepdims=True) - mean * mean, 0.0)
-        normed = (h - mean) * (jax.lax.rsqrt(variance + 1e-6) * q["norm"]["scale"]) + q["norm"]["bias"]
-        inner = dense(q["expand"], swish(normed))
-        if film is not None:
-            inner = (1 + film[:, : inner.shape[1]]) * inner + film[:, inner.shape[1] :]
-        return h + dense(q["contract"], swish(inner))
-
-    def stack(q: dict[str, Any], h: jax.Array, layers: int) -> jax.Array:
-        h = dense(q["enter"], h)
-        for i in range(layers):
-            h = block(q["blocks"][i], h)
-        return dense(q["leave"], h)
-
-    key_bound, key_drop = jax.random.split(key)
-    key_z0, key_times, key_zt = jax.random.split(key_bound, 3)
-    flat = x.reshape(n, pixels)
-    f = stack(p["encoder"], 2.0 * flat - 1.0, m.encoder_layers)
-    z0 = f + math.exp(0.5 * m.gamma_min) * jax.random.normal(key_z0, f.shape)
-    logits = stack(p["decoder"], z0, m.decoder_layers)
-    reconstruction = jnp.sum(jax.nn.softplus(logits) - flat * logits, axis=1)
-
-    log_var1 = jax.nn.log_sigmoid(m.gamma_max)
-    var1 = jnp.exp(log_var1)
-    prior = 0.5 * jnp.sum(var1 + (1.0 - var1) * f * f - 1.0 - log_var1, axis=1)
-
-    t = jnp.mod(jax.random.uniform(key_times, ()) + jnp.arange(n) / n, 1.0)
-    gamma = (1.0 - t) * m.gamma_min + t * m.gamma_max
-    eps = jax.random.normal(key_zt, f.shape)
-    z = jnp.sqrt(jax.nn.sigmoid(-gamma))[:, None] * f + jnp.sqrt(jax.nn.sigmoid(gamma))[:, None] * eps
-    half = m.embedding_dim // 2
-    u = 1000.0 * (gamma - m.gamma_min) / (m.gamma_max - m.gamma_min)
-    angles = u[:, None] * jnp.exp(-math.log(10_000.0) * jnp.arange(half) / (half - 1))[None, :]
-    label = jnp.broadcast_to(p["labels"]["null"][None, :], (n, m.embedding_dim))
-    if m.classes:
-        kept = ~jax.random.bernoulli(key_drop, config.training.label_dropout, (n,))
-        label = jnp.where(kept[:, None], labels @ p["labels"]["table"], label)
-    s = p["score"]
-    c = jnp.concatenate([jnp.sin(angles), jnp.cos(angles), label], axis=1)
-    c = dense(s["mix3"], swish(dense(s["mix2"], swish(dense(s["mix1"], c)))))
-    h = dense(s["enter"], z)
-    for i in range(m.score_layers):
-        h = block(s["blocks"][i], h, dense(s["films"][i]["linear"], c))
-    eps_hat = z + dense(s["leave"], h)
-    diffusion = 0.5 * (m.gamma_max - m.gamma_min) * jnp.sum((eps - eps_hat) ** 2, axis=1)
-
-    terms = [jnp.mean(term) / (pixels * math.log(2.0)) for term in (reconstruction, diffusion, prior)]
-    return sum(terms), terms
-
-
-def plain_step(config: RunConfig) -> Any:
-    """A jitted training step around :func:`plain_loss`; the state is a tuple, donated."""
-    t = config.training
-
-    def rate(k: jax.Array) -> jax.Array:
-        cosine = t.final_fraction + (1 - t.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * k / t.steps))
-        return t.learning_rate * jnp.minimum(k / t.warmup_steps, 1.0) * cosine
-
-    adamw = optax.adamw(rate, b1=t.b1, b2=t.b2, eps=t.adam_eps, weight_decay=t.weight_decay)
-    chain = optax.chain(optax.clip_by_global_norm(t.clip_norm), adamw) if t.clip_norm else adamw
-
-    def step(state: Any, x: jax.Array, labels: jax.Array | None) -> Any:
-        k, p, opt, ema = state
-        key = jax.random.fold_in(jax.random.key(t.seed), k)
-        grads, terms = jax.grad(lambda q: plain_loss(config, q, x, labels, key), has_aux=True)(p)
-        updates, opt = chain.update(grads, opt, p)
-        p = optax.apply_updates(p, updates)
-        if ema is not None:
-            decay = jnp.minimum(t.ema_decay, (1.0 + k) / (10.0 + k))
-            ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, p)
-        return (k + 1, p, opt, ema), terms
-
-    def start(p: Any) -> Any:
-        copy = jax.tree.map(jnp.copy, p)
-        ema = jax.tree.map(jnp.copy, p) if t.ema_decay else None
-        return (jnp.zeros((), jnp.int32), copy, chain.init(copy), ema)
-
-    return jax.jit(step, donate_argnums=0), start
 
 
 class Problem(NamedTuple):
@@ -165,16 +73,19 @@ def run(config: RunConfig, how: BenchmarkConfig = DEFAULTS, **changes: Any) -> d
         :func:`medvdm.cost.roofline.report`, and ``over_roofline``, the fastest step over the least time.
 
     Raises:
-        InputError: repeats below 3; a schedule, T or term that the plain step does not have; or losses that differ.
+        InputError: repeats below 3; an architecture, schedule, T or term that the plain step does not have; a roofline
+            of a network with other layers than dense ones; or losses that differ.
     """
     how = settings(how, changes)
     if how.repeats < 3:
         raise InputError(f"repeats: {how.repeats}; expected at least 3")
+    if how.roofline:
+        roofline_.dense_layers(config.model)  # refuses what it cannot count before anything is timed
     problem = prepare(config)
     model, training = problem.config.model, problem.config.training
     library = _Stepper(jit_step(model, training), new_state(model, training))
     parameters = vdm.count(library.state.params)
-    step, start = plain_step(problem.config)
+    step, start = plain_.plain_step(problem.config)
     plain = _Stepper(step, start(library.state.params))
     losses = first_losses(problem, library, plain)
     times, plain_times = step_times(problem, library, plain, how.repeats)
@@ -204,12 +115,11 @@ def run(config: RunConfig, how: BenchmarkConfig = DEFAULTS, **changes: Any) -> d
 def prepare(config: RunConfig) -> Problem:
     """Phantoms for a config that the plain step can take; raises InputError for any other."""
     m, t = config.model, config.training
-    dense = vdm.ARCHITECTURES[m.architecture].dense
-    plain = dense and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
-    if not plain or t.gradient_difference_weight or any(augmentations(t).values()):
+    plain = m.architecture in plain_.LOSSES and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
+    if not plain or m.dtype != "float32" or t.gradient_difference_weight or any(augmentations(t).values()):
         raise InputError(
-            "benchmark: the plain step has residual networks, continuous time, fixed-linear gamma, stratified times "
-            "and no augmentation only"
+            "benchmark: the plain step has residual networks and U-Nets, continuous time, fixed-linear gamma, "
+            "stratified times, float32 and no augmentation but crops only"
         )
     images = data_.load(
         data_.DataConfig(data="phantom", num_images=8 * t.batch_size, image_size=config.data.image_size)
@@ -218,7 +128,12 @@ def prepare(config: RunConfig) -> Problem:
     config = dataclasses.replace(config, model=dataclasses.replace(m, image_shape=images.image_shape, classes=classes))
     rows = np.resize(images.indices("train"), t.batch_size)
     labels = jnp.asarray(images.labels[rows], jnp.float32) if classes else None
-    return Problem(config, images, jnp.asarray(images.read(rows)), labels)
+    return Problem(config, images, jnp.asarray((images.levels if _integers(config) else images.read)(rows)), labels)
+
+
+def _integers(config: RunConfig) -> bool:
+    """Whether images are 8-bit gray levels."""
+    return vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
 
 
 def first_losses(problem: Problem, library: _Stepper, plain: _Stepper) -> tuple[float, float]:
@@ -255,7 +170,10 @@ def loop_times(problem: Problem, library: _Stepper, repeats: int) -> tuple[np.nd
     """Seconds of four steps as `fit` takes them, fed by the input pipeline, and of four on a batch that lies ready."""
     layout, batch_size = Layout(1), problem.config.training.batch_size
     batches = batches_.training_batches(
-        problem.images, batch_size=min(batch_size, len(problem.images.indices("train"))), seed=0
+        problem.images,
+        batch_size=min(batch_size, len(problem.images.indices("train"))),
+        seed=0,
+        integers=_integers(problem.config),
     )
 
     def fed() -> None:

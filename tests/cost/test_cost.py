@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from helpers import refused, said
+from jax.flatten_util import ravel_pytree
 
 import medvdm
 from medvdm.cli.tables import benchmark_table
-from medvdm.cost import benchmark, roofline
+from medvdm.cost import benchmark, plain, roofline
 from medvdm.errors import InputError
 from medvdm.models import vdm
 from medvdm.training import step
-from medvdm.training.step import TrainConfig, init_state, jit_step
+from medvdm.training.step import TrainConfig, TrainState, init_state, jit_step, make_step
 
 LIMITS = roofline.Ceilings(bytes_per_second=1e10, flops_per_second=4e11)
 MODEL = vdm.VDMConfig(
@@ -179,6 +181,11 @@ def test_measured_ceilings_and_the_report_can_be_written_as_json() -> None:
     [
         (lambda: roofline.Ceilings(bytes_per_second=0.0, flops_per_second=1.0), "bytes_per_second: 0.0; expected"),
         (lambda: roofline.Ceilings(bytes_per_second=1.0, flops_per_second=math.nan), "flops_per_second: nan; expected"),
+        (lambda: benchmark.run(medvdm.preset("linear-start")), "benchmark: the plain step has"),
+        (lambda: benchmark.run(medvdm.preset("pixel", schedule="monotonic")), "benchmark: the plain step has"),
+        (lambda: benchmark.run(medvdm.preset("pixel", dtype="bfloat16")), "benchmark: the plain step has"),
+        (lambda: benchmark.run(medvdm.preset("pixel", augment_shift=0.1)), "benchmark: the plain step has"),
+        (lambda: benchmark.run(medvdm.preset("pixel"), roofline=True), "architecture: 'unet'; expected 'residual'"),
         (lambda: roofline.ceilings(dtype="float23"), "dtype: 'float23'; did you mean 'float32'"),
         (lambda: roofline.ceilings(side=0), "side: 0; expected at least 1"),
         (lambda: roofline.ceilings(repeats=0), "repeats: 0; expected at least 1"),
@@ -197,6 +204,74 @@ def test_bad_input_is_refused_in_one_line(call: Any, names: str) -> None:
 def test_the_command_refuses_a_bad_option(capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "benchmark", "--roofline", "--repeats", "1", names=["repeats: 1"])
     refused(capfd, "benchmark", "--rooflin", names=["--rooflin"])
+
+
+UNET = {"width": 8, "embedding_dim": 8, "blocks": 1, "ema_decay": 0.9, "label_dropout": 0.5}
+
+
+def rounding(model: vdm.VDMConfig) -> float:
+    r"""How much float32 may change an estimate of noise, in units of the noise.
+
+    It is read out of z by a division by the least :math:`\sigma / \alpha = e^{\gamma_0 / 2}`. A soft rounding to gray
+    levels multiplies an error by the variance of the level, at most 1/4, over that of the noise.
+    """
+    noise = math.exp(0.5 * model.gamma_min)
+    soft = max(1.0, 0.25 / (127.5 * noise) ** 2) if model.architecture == "unet" and model.rounding else 1.0
+    return 2.0**-24 / noise * soft
+
+
+@pytest.mark.parametrize(
+    ("preset", "image_shape", "settings"),
+    [
+        # All parts at once: crops that are filled up to whole cells, three channels, labels, attention, rounding.
+        ("pixel", (9, 11, 3), {**UNET, "crop": 6, "classes": 2, "attention": True, "blocks": 2}),
+        (
+            "pixel",
+            (8, 8, 1),
+            {
+                **UNET,
+                "scales": 3,
+                "patch": 1,
+                "details": "fourier",
+                "rounding": False,
+                "clip_norm": 0.0,
+                "ema_decay": 0.0,
+            },
+        ),
+        ("demo", (6, 5, 2), {**tiny.SETTINGS, "classes": 3, "score_layers": 2, "label_dropout": 0.5}),
+    ],
+)
+def test_the_plain_step_computes_what_the_library_computes(
+    preset: str, image_shape: tuple[int, int, int], settings: dict[str, Any]
+) -> None:
+    """Losses, gradients (in Adam's moments), weights and averages after two steps, from weights that are zero nowhere.
+
+    The tolerance is three roundings of every pixel at the least noise, all in one direction.
+    """
+    # So large an epsilon that an update shows the size of its gradient. The first step has a learning rate of 0.
+    recipe = {"batch_size": 4, "adam_eps": 1.0, "learning_rate": 1.0, "warmup_steps": 1, "weight_decay": 0.1}
+    config = medvdm.preset(preset, **{**settings, **recipe, "image_shape": image_shape})
+    model, training, rng = config.model, config.training, np.random.default_rng(0)
+    values, back = ravel_pytree(vdm.init(model, 0))
+    weights = back(values + 0.1 * rng.standard_normal(values.shape).astype(np.float32))
+    levels = rng.integers(0, 256, (4, *image_shape), np.uint8)
+    x = levels if vdm.ARCHITECTURES[model.architecture].likelihood.integers else levels / np.float32(255)
+    labels = np.eye(model.classes, dtype=np.float32)[rng.integers(0, model.classes, 4)] if model.classes else None
+
+    average = weights if training.ema_decay else None
+    ours = TrainState(jnp.zeros((), jnp.int32), weights, step.optimiser(training).init(weights), average)
+    take_ours = jax.jit(make_step(model, training))
+    with jax.numpy_rank_promotion("allow"):  # the plain step is as plain as people write it
+        take, start = plain.plain_step(config)
+        theirs = start(weights)
+        for _ in range(2):
+            theirs, terms = take(theirs, x, labels)
+            ours, metrics = take_ours(ours, x, labels)
+            np.testing.assert_allclose(np.array(terms), np.array(metrics[:3]), rtol=3 * rounding(model), atol=1e-6)
+    for mine, other, before in zip(ours[1:], theirs[1:], (weights, None, average), strict=True):
+        mine, other = (np.asarray(ravel_pytree(part)[0]) for part in (mine, other))
+        moved = np.linalg.norm(other - (0.0 if before is None else ravel_pytree(before)[0]))
+        assert np.linalg.norm(mine - other) <= 3 * rounding(model) * moved + 2.0**-22 * np.linalg.norm(other)
 
 
 def test_timed_calls_take_turns_and_none_always_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
