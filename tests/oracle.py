@@ -14,7 +14,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
+from medvdm.models import likelihoods
 from medvdm.theory import gaussian
 
 
@@ -116,6 +118,74 @@ class Mixture(Identity):
         k = rng.choice(len(self.weights), size=n, p=self.weights / self.weights.sum())
         noise = rng.standard_normal((n, self.means.shape[1])) * np.sqrt(self.eigenvalues)
         return (self.means[k] + noise @ self.basis.T).astype(np.float32)
+
+
+class Levels(Identity):
+    r"""Independent 8-bit pixels (n, h, w, c), all with one law over the 256 gray values, its logarithms given.
+
+    The denoiser is exact, by a direct sum, :math:`\hat x = \sum_k x_k\, p(x_k | z)`; p(x | z_0) is the 8-bit
+    likelihood, for which all gray values are as likely. What that costs, and the prior, is :func:`levels_gaps`.
+    """
+
+    def __init__(self, log_law, schedule, timesteps=0):
+        super().__init__(schedule, timesteps)
+        self.log_law = np.asarray(log_law, np.float32)
+
+    def encode(self, x):
+        return likelihoods.level_values(x)
+
+    def condition(self, gamma, label):
+        return gamma[:, None, None, None]
+
+    def eps_hat(self, z, condition):
+        alpha, sigma = gaussian.alpha(condition), gaussian.sigma(condition)
+        axes = (1,) * z.ndim + (256,)
+        values, law = (np.reshape(a, axes) for a in (LEVELS.astype(np.float32), self.log_law))
+        log_posterior = law - 0.5 * ((z[..., None] - alpha[..., None] * values) / sigma[..., None]) ** 2
+        x_hat = jnp.sum(jax.nn.softmax(log_posterior, axis=-1) * values, axis=-1)
+        return (z - alpha * x_hat) / sigma
+
+    def observation_loss(self, x, decoded):
+        return likelihoods.EIGHT_BIT.nll(x, decoded, self.gamma(jnp.zeros(())))
+
+    def sample(self, rng, shape):
+        """uint8 gray values of a shape, by a NumPy generator."""
+        law = np.exp(self.log_law.astype(np.float64))
+        return rng.choice(256, size=shape, p=law / law.sum()).astype(np.uint8)
+
+
+LEVELS = 2.0 * np.arange(256) / 255 - 1.0
+
+
+def gaussian_levels(mean, deviation):
+    """Logarithms of the law of 256 gray values whose bell has this mean and deviation, on the scale of [-1, 1]."""
+    exponents = -0.5 * ((LEVELS - mean) / deviation) ** 2
+    return exponents - special.logsumexp(exponents)
+
+
+def levels_entropy(log_law):
+    return float(-np.sum(np.exp(log_law) * log_law))
+
+
+def levels_gaps(log_law, gamma_0, gamma_1):
+    r"""By how much the exact denoiser's bound lies above the entropy, nats per pixel, by quadrature: two gaps.
+
+    Of the observation model, :math:`E_{z_0} KL(p(x|z_0) \| p_{equal}(x|z_0))`, which takes all levels as equally
+    likely; and of the prior, :math:`KL(q(z_1) \| N(0, 1))`.
+    """
+    law = np.exp(log_law)
+    eps, weights = np.polynomial.hermite_e.hermegauss(60)
+    y = LEVELS[:, None] + math.exp(gamma_0 / 2) * eps  # z_0 / alpha_0, for each level
+    log_noise = -0.5 * (y[..., None] - LEVELS) ** 2 * math.exp(-gamma_0)
+    ratio = special.logsumexp(log_noise, axis=-1) - special.logsumexp(log_noise + log_law, axis=-1)
+    observation = float(law @ ((ratio + log_law[:, None]) @ weights) / weights.sum())
+
+    z = np.linspace(-14.0, 14.0, 4001)
+    alpha, variance = 1 / math.sqrt(1 + math.exp(gamma_1)), 1 / (1 + math.exp(-gamma_1))
+    parts = log_law - 0.5 * (z[:, None] - alpha * LEVELS) ** 2 / variance - 0.5 * math.log(variance)
+    log_ratio = special.logsumexp(parts, axis=-1) + 0.5 * z**2  # the constant of the two densities falls out
+    density = np.exp(log_ratio - 0.5 * z**2) / math.sqrt(2 * math.pi)
+    return observation, float(np.trapezoid(density * log_ratio, z))
 
 
 # Exact values for x ~ N(0, s^2), nats per dimension
