@@ -83,13 +83,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_pixels(tmp_path_factory) -> Path:
-    """A class-conditional run of a diffusion on pixels, made once a session; for tests that only read it."""
+    """A class-conditional run of a diffusion on pixels, trained on shifted crops; for tests that only read it."""
     import tiny
 
     import medvdm
 
     out = tmp_path_factory.mktemp("trained-pixels") / "run"
-    medvdm.fit(tiny.pixels(conditional=True), out, progress=False)
+    medvdm.fit(tiny.pixels(**tiny.CROPS), out, progress=False)
     return out
 
 

@@ -40,6 +40,9 @@ PIXELS: dict[str, Any] = {
     "warmup_steps": 2,
 }
 
+#: What the shared run on pixels is trained with.
+CROPS: dict[str, Any] = {"conditional": True, "crop": 12, "augment_shift": 0.05}
+
 
 def config(**changes: Any) -> RunConfig:
     """The tiny settings with changes."""

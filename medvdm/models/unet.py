@@ -61,6 +61,11 @@ class LevelDecoder(nnx.Module):
         return z
 
 
+def least_side(scales: int, patch: int) -> int:
+    r"""Pixels on a side of the smallest image, one place of the coarsest scale: :math:`p\, 2^{scales - 1}`."""
+    return patch * 2 ** (scales - 1)
+
+
 def normed(h: Float[Array, "n a b width"]) -> Float[Array, "n a b width"]:
     """Each place's features by their root mean square: no place knows of another, so a crop gives what a whole does."""
     return h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
@@ -195,7 +200,7 @@ class UNet(nnx.Module):
             given.append(contrast_features(z, gamma))
         if self.details == "fourier":
             given.append(fourier_features(z))
-        least = self.patch * 2 ** (self.scales - 1)  # sides are filled up to multiples of this
+        least = least_side(self.scales, self.patch)  # sides are filled up to multiples of this
         filled = ((0, 0), (0, -height % least), (0, -width % least), (0, 0))
         x = jnp.pad(jnp.concatenate(given, axis=-1), filled, mode="edge").astype(self.dtype)
 

@@ -24,7 +24,7 @@ from medvdm.models.autoencoder import Decoder, Encoder
 from medvdm.models.likelihoods import Likelihood
 from medvdm.models.linear_start import Basis, LinearDecoder, LinearEncoder, LinearScore
 from medvdm.models.scorenet import ScoreNet
-from medvdm.models.unet import DETAILS, Attention, LevelDecoder, LevelEncoder, UNet
+from medvdm.models.unet import DETAILS, Attention, LevelDecoder, LevelEncoder, UNet, least_side
 from medvdm.theory import bound, gaussian, schedules
 
 Params = dict[str, Any]
@@ -110,9 +110,9 @@ class VDMConfig:
             raise InputError(f"architecture: '{self.architecture}'; {nearest(self.architecture, ARCHITECTURES)}")
         if self.details not in DETAILS:
             raise InputError(f"details: '{self.details}'; {nearest(self.details, DETAILS)}")
-        if self.architecture == "unet" and min(self.image_shape[:2]) < self.patch * 2 ** (self.scales - 1):
+        if self.architecture == "unet" and min(self.image_shape[:2]) < least_side(self.scales, self.patch):
             raise InputError(
-                f"image_shape: {self.image_shape}; expected sides of at least {self.patch * 2 ** (self.scales - 1)} "
+                f"image_shape: {self.image_shape}; expected sides of at least {least_side(self.scales, self.patch)} "
                 f"for a U-Net of {self.scales} scales on cells of {self.patch} x {self.patch} pixels"
             )
         if self.attention and self.width * 2 ** (self.scales - 1) % Attention.HEADS:

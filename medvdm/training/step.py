@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import vdm
+from medvdm.models.unet import least_side
 from medvdm.theory import bound, schedules
 from medvdm.training import augmentation, schedule_variance
 
@@ -111,7 +112,8 @@ def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
     if config.crop:
         if not vdm.ARCHITECTURES[model.architecture].any_size:
             raise InputError(f"crop: {config.crop} with architecture '{model.architecture}'; expected 'unet'")
-        replace(model, image_shape=(config.crop, config.crop, model.image_shape[2]))  # refuses what is too small
+        if config.crop < (least := least_side(model.scales, model.patch)):
+            raise InputError(f"crop: {config.crop}; expected at least {least}, the smallest side that the U-Net takes")
     if vdm.ARCHITECTURES[model.architecture].likelihood.integers:
         for name in ("augment_size", "augment_exposure", "gradient_difference_weight"):
             if getattr(config, name):

@@ -26,6 +26,7 @@ from medvdm.cli.main import main
 from medvdm.evaluation import held_out
 from medvdm.runs import config as config_
 from medvdm.runs import fit, journal
+from medvdm.runs.config import RunConfig
 from medvdm.runs.run import load
 from medvdm.runs.store import BEST, CARD, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, locked, read_json, read_lines
 from medvdm.training import loop
@@ -588,7 +589,8 @@ def test_an_extension_that_was_killed_before_its_first_checkpoint_goes_on(whole:
     assert read_json(out / CONFIG)["extended_from"] == [12, 14] and load(out).step == 15
 
 
-def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped_at_5(config: RunConfig, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a SIGTERM in step 5."""
     real = loop.train
 
     def signalled(*arguments: Any, hooks: loop.Hooks, **more: Any) -> Any:
@@ -601,8 +603,12 @@ def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(loop, "train", signalled)
     with pytest.raises(errors.StoppedError, match="SIGTERM: saved step 5"):
-        medvdm.fit(tiny.config(), tmp_path / "run", progress=False)
+        medvdm.fit(config, out, progress=False)
     monkeypatch.undo()
+
+
+def test_a_run_that_is_not_finished_is_not_extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_at_5(tiny.config(), tmp_path / "run", monkeypatch)
     with pytest.raises(errors.RunError, match=r"^steps: 24; expected 12, .* \(it is at step 5\)"):
         medvdm.fit(tiny.config(steps=24), tmp_path / "run", resume=True, progress=False)
     assert load(tmp_path / "run").config.training.steps == 12
@@ -613,3 +619,67 @@ def test_by_default_a_short_run_saves_its_last_step_only(whole: Path, tmp_path: 
     medvdm.fit(tiny.config(checkpoint_every=5, keep_checkpoints=9), tmp_path / "exact", progress=False)
     names = {p.name for p in (tmp_path / "exact" / CHECKPOINTS).iterdir() if p.name.isdigit()}
     assert names == {"5", "10", "12"}
+
+
+# A diffusion on pixels
+
+
+def test_a_run_on_pixels_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
+    trained_pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shifts, crops, labels left out, and averaged weights."""
+    config = tiny.pixels(**tiny.CROPS)
+    stopped_at_5(config, tmp_path / "run", monkeypatch)
+    run = medvdm.fit(config, tmp_path / "run", resume=True, progress=False)
+    assert losses(tmp_path / "run") == losses(trained_pixels)
+    for ema in (False, True):
+        one, other = (load(folder, ema=ema).params for folder in (tmp_path / "run", trained_pixels))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert run.config.training.crop == 12 and run.config.model.image_shape == (16, 16, 1)
+    first, *_, last = losses(trained_pixels).values()
+    assert all(np.isfinite(first)) and last[-1] < first[-1]
+
+
+@pytest.mark.slow
+def test_eight_fake_devices_equal_one_on_pixels(trained_pixels: Path, tmp_path: Path) -> None:
+    settings = {**tiny.PIXELS, **tiny.CROPS}
+    del settings["conditional"]
+    words = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    done = tiny.medvdm_command(
+        "train", "--preset", "pixel", "--conditional", "--out", tmp_path / "run", *words, devices=8
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(
+        list(losses(tmp_path / "run").values()), list(losses(trained_pixels).values()), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_colour_images_that_are_not_square_train_on_pixels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 9, 14, 3), np.uint8)
+    data = medvdm.from_arrays(images)
+    config = tiny.pixels(steps=3, batch_size=4, crop=8, evaluate_every=3)
+    run = medvdm.fit(config, tmp_path / "run", data=data, progress=False)
+    assert run.config.model.image_shape == (9, 14, 3)
+    drawn = medvdm.sample(run, 2, steps=2)
+    assert drawn.images.shape == (2, 9, 14, 3)
+    np.testing.assert_allclose(255 * drawn.images, np.rint(255 * drawn.images), atol=1e-4)
+    found = medvdm.bound(run, images[:3], draws=2)
+    assert found.nats.shape == (3,) and np.isfinite(found.nats).all()
+    assert read_lines(tmp_path / "run" / EVALUATIONS)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "says"),
+    [
+        ((12, 20), {"crop": 13}, "crop: 13; expected at most 12, the images' side"),
+        ((3, 20), {}, r"image_shape: \(3, 20, 1\); expected sides of at least 4 for a U-Net of 2 scales"),
+        ((12, 20), {"scales": 4}, r"image_shape: \(12, 20, 1\); expected sides of at least 16 "),
+    ],
+)
+def test_images_that_are_too_small_for_the_crops_or_the_network_are_refused(
+    shape: tuple[int, int], changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    data = medvdm.from_arrays(np.random.default_rng(0).integers(0, 256, (40, *shape), np.uint8))
+    with pytest.raises(errors.InputError, match=f"^{says}") as no:
+        medvdm.fit(tiny.pixels(**changes), tmp_path / "run", data=data, progress=False)
+    assert "\n" not in str(no.value) and not list(tmp_path.iterdir())

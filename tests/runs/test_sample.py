@@ -121,3 +121,28 @@ def test_counts_that_cannot_be_are_refused_in_either_form(loaded: Run, tmp_path:
         with pytest.raises(InputError, match=words):
             sample_to(tmp_path / "s.npz", loaded, **wrong)
     assert os.listdir(tmp_path) == []
+
+
+def test_samples_of_a_diffusion_on_pixels_are_gray_values_and_their_states_pictures(
+    trained_pixels: Path, tmp_path: Path
+) -> None:
+    """With a label and guidance; in batches as in one; and from a latent that is given."""
+    run = medvdm.load(trained_pixels)
+    settings = {"steps": 4, "label": "Pneumonia", "seed": 3}
+    plain = medvdm.sample(run, 5, num_states=3, **settings)
+    guided = medvdm.sample(run, 5, guidance=2.0, **settings)
+    assert plain.images.shape == (5, 16, 16, 1) and plain.states.shape == (3, 5, 16, 16, 1)
+    for drawn in (plain, guided):
+        np.testing.assert_allclose(255 * drawn.images, np.rint(255 * drawn.images), atol=1e-4)
+        assert 0 <= drawn.images.min() and drawn.images.max() <= 1
+    np.testing.assert_array_equal(plain.states[-1], plain.images)
+    assert np.abs(guided.images - plain.images).max() > 0
+    sample_to(tmp_path / "s.npz", run, 5, batch_size=2, guidance=2.0, **settings)
+    with np.load(tmp_path / "s.npz") as file:
+        # Another batch size rounds otherwise, and a gray value on the edge of two may fall to the other one.
+        np.testing.assert_allclose(file["images"], guided.images, atol=1.01 / 255)
+    z = np.random.default_rng(0).standard_normal((2, 16, 16, 1)).astype(np.float32)
+    again = [medvdm.sample(run, 2, steps=4, z=z, seed=seed).images for seed in (1, 1)]
+    np.testing.assert_array_equal(*again)
+    with pytest.raises(InputError, match=r"^z: shape \(2, 64\); expected \(2, 16, 16, 1\)"):
+        medvdm.sample(run, 2, steps=4, z=z.reshape(2, -1)[:, :64])

@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from medvdm import data
+from medvdm.errors import InputError
 from medvdm.training import augmentation
 from medvdm.training.step import init_state, jit_step
 
@@ -108,3 +109,60 @@ def test_training_augments_by_its_settings_and_repeats():
         labels = jnp.asarray(images.labels[:8], jnp.float32)
         losses.append(float(jit_step(config.model, config.training)(state, x, labels)[1].vlb_bpd))
     assert losses[1] == losses[2] != losses[0]
+
+
+# Gray values that are whole numbers, and crops
+
+
+def places(n, height, width):
+    """n times one uint8 image whose pixels say where they are: the row in channel 0, the column in channel 1."""
+    return jnp.asarray(np.stack(np.mgrid[:height, :width], axis=-1)[None].repeat(n, axis=0), jnp.uint8)
+
+
+def test_whole_gray_values_are_shifted_by_whole_pixels_as_numpy_does_it():
+    n, (h, w) = 500, SIDES
+    out = np.asarray(augmentation.augment(jax.random.key(6), places(n, h, w), shift=0.05))
+    assert out.shape == (n, h, w, 2) and out.dtype == np.uint8
+    down, along = 8 - out[:, 8, 12, 0].astype(int), 12 - out[:, 8, 12, 1].astype(int)
+    for one, (i, j) in zip(out, zip(down, along, strict=True), strict=True):
+        rows, columns = np.clip(np.arange(h) - i, 0, h - 1), np.clip(np.arange(w) - j, 0, w - 1)
+        np.testing.assert_array_equal(one, np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1))
+    for shifts, side in ((down, h), (along, w)):  # rounded, a normal law has 1/12 more variance
+        deviation = np.sqrt((0.05 * side) ** 2 + 1 / 12)
+        assert abs(shifts.mean()) < 4 * deviation / np.sqrt(n)
+        assert abs(shifts.std() - deviation) < 4 * deviation / np.sqrt(2 * n)
+    assert abs(np.corrcoef(down, along)[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_shifts_invent_no_gray_value_and_none_is_no_shift():
+    levels = jnp.asarray(np.random.default_rng(0).choice([3, 77, 250], (20, 9, 7, 1)), jnp.uint8)
+    out = augmentation.augment(jax.random.key(0), levels, shift=0.2)
+    assert set(np.unique(out)) <= {3, 77, 250} and np.any(out != levels)
+    np.testing.assert_array_equal(augmentation.augment(jax.random.key(0), levels), levels)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
+def test_a_crop_is_a_square_of_the_image_and_every_place_is_as_likely(dtype):
+    n, (h, w), side = 3000, (7, 9), 5
+    crops = np.asarray(augmentation.crop(jax.random.key(0), places(n, h, w).astype(dtype), side))
+    assert crops.shape == (n, side, side, 2) and crops.dtype == dtype
+    first = crops[:, 0, 0].astype(int)
+    expected = np.stack(np.mgrid[:side, :side], axis=-1)[None] + first[:, None, None]
+    np.testing.assert_array_equal(crops, expected)  # rows and columns that follow one another, inside the image
+    counts = np.bincount(first[:, 0] * 5 + first[:, 1], minlength=15)
+    assert len(counts) == 15, "three places down, five along"
+    assert ((counts - 200) ** 2 / 200).sum() < 36.1  # chi-square of 14 degrees, p = 0.001
+
+
+def test_a_crop_is_a_function_of_its_key_and_may_be_the_whole_image():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)), jnp.uint8)
+    crops = [augmentation.crop(jax.random.key(k), images, 3) for k in (1, 1, 2)]
+    np.testing.assert_array_equal(crops[0], crops[1])
+    assert np.any(crops[0] != crops[2])
+    np.testing.assert_array_equal(augmentation.crop(jax.random.key(0), images, 8), images)
+
+
+@pytest.mark.parametrize("side", [0, 9])
+def test_a_crop_that_is_no_part_of_the_images_is_refused(side):
+    with pytest.raises(InputError, match=f"^crop: {side}; expected from 1 to 8, the images' side$"):
+        augmentation.crop(jax.random.key(0), jnp.zeros((2, 12, 8, 1), jnp.uint8), side)

@@ -325,3 +325,77 @@ def test_initial_state_is_a_pure_function_of_the_configs():
 def test_settings_that_cannot_be_used_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         TrainConfig(**wrong)
+
+
+# --- a diffusion on pixels
+
+
+PIXELS = vdm.VDMConfig(
+    **{"image_shape": (12, 10, 1), "architecture": "unet", "width": 4, "blocks": 1, "embedding_dim": 4},
+    **{"gamma_min": -13.0, "gamma_max": 5.0},
+)
+
+
+def gray_values(n=4, shape=(12, 10, 1)):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (n, *shape)), jnp.uint8)
+
+
+@pytest.mark.parametrize("crop", [0, 6])
+def test_a_step_on_pixels_reports_the_loss_of_its_crops_and_lowers_it(crop):
+    """The crops are those of a key of their own, and the loss is per pixel of a crop."""
+    config = TrainConfig(steps=8, batch_size=4, learning_rate=3e-3, warmup_steps=0, crop=crop)
+    state, images = init_state(PIXELS, config), gray_values()
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    seen = augmentation.crop(jax.random.fold_in(key, 3), images, crop) if crop else images
+
+    @jax.jit
+    def loss_of(params, seen):
+        return loss_fn(vdm.merge(vdm.graph_of(PIXELS), params), config, seen, None, key)[0]
+
+    before = loss_of(state.params, seen)
+    shapes = jax.tree.map(lambda p: p.shape, state.params)
+    state, metrics = jit_step(PIXELS, config)(state, images, None)
+    np.testing.assert_allclose(metrics.loss, before, rtol=1e-5)
+    assert float(metrics.loss) == float(metrics.vlb_bpd) > 1
+    assert jax.tree.map(lambda p: p.shape, state.params) == shapes
+    for _ in range(7):
+        state, metrics = jit_step(PIXELS, config)(state, images, None)
+    assert loss_of(state.params, seen) < before
+
+
+def test_crops_have_a_key_of_their_own_at_each_step(monkeypatch):
+    """Neither that of the augmentation, nor the step's key, nor one of the two that the loss splits it into."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments):
+        seen.extend([arguments[-1], *jax.random.split(arguments[-1])])
+        raise Stop
+
+    seen, config = [], TrainConfig(crop=6, augment_shift=0.1)
+    monkeypatch.setattr(augmentation, "crop", lambda key, images, side: (seen.append(key), images)[1])
+    monkeypatch.setattr(augmentation, "augment", lambda key, images, **_: (seen.append(key), images)[1])
+    monkeypatch.setattr(step_, "gradient", stop)
+    for number in (0, 1):
+        state = init_state(PIXELS, config)._replace(step=jnp.asarray(number, jnp.int32))
+        with pytest.raises(Stop):
+            make_step(PIXELS, config)(state, gray_values(), None)
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in seen}) == len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "says"),
+    [
+        ({"architecture": "residual"}, {"crop": 8}, "crop: 8 with architecture 'residual'; expected 'unet'"),
+        ({"architecture": "linear-start"}, {"crop": 8}, "crop: 8 with architecture 'linear-start'; expected 'unet'"),
+        ({}, {"crop": 3}, "crop: 3; expected at least 4, the smallest side that the U-Net takes"),
+        ({}, {"augment_size": 0.1}, "augment_size: 0.1 with architecture 'unet'; expected 0, since its 8-bit"),
+        ({}, {"augment_exposure": 0.2}, "augment_exposure: 0.2 with architecture 'unet'; expected 0"),
+        ({}, {"gradient_difference_weight": 1.0}, "gradient_difference_weight: 1.0 with architecture 'unet'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_likelihood_or_the_networks_are_refused(model, changes, says):
+    with pytest.raises(InputError) as no:
+        make_step(dataclasses.replace(PIXELS, **model), TrainConfig(**changes))
+    assert str(no.value).startswith(says) and "\n" not in str(no.value)
