@@ -53,6 +53,45 @@ def test_what_was_not_fitted_has_no_unit() -> None:
     assert "bound minus that" not in table
 
 
+EIGHT_BIT: dict[str, Any] = {
+    **{"run": "first", "step": 300, "weights": "ema", "labels": "none", "data": "nih", "split": "test"},
+    **{"likelihood": "8-bit", "num_images": 123, "num_patients": 61, "draws": 8, "notes": ["few bits " * 20]},
+    **{"reconstruction_bpd": 0.04, "diffusion_bpd": 2.61, "latent_bpd": 0.001, "vlb_bpd": 2.651},
+    **{"vlb_bpd_stderr": 0.021, "gaussian_bpd": 3.91, "over_gaussian_bpd": -1.259, "over_gaussian_bpd_stderr": 0.011},
+    **dict.fromkeys((f"{n}{k}" for n in ("png", "webp", "jpegls", "jxl") for k in ("_bpd", "_sheet_bpd"))),
+    **dict.fromkeys(("floor_bpd", "excess_bpd", "psnr_db", "ssim", "over_jxl_bpd", "over_jxl_bpd_stderr")),
+    **dict.fromkeys(("mean_image_bpd", "pca64_bpd", "lingauss_bpd", "over_lingauss_bpd", "over_lingauss_bpd_stderr")),
+}
+
+
+def test_evaluation_of_gray_values() -> None:
+    """What makes no sense for them is not there, nor is what was not asked for."""
+    table = evaluation_table(EIGHT_BIT)
+    assert row(table, "total: the bound") == "2.6510 bits/dim +- 0.0210"
+    assert row(table, "diffusion") == "2.610000 bits/dim"
+    assert row(table, "Gaussian of the images") == "3.9100 bits/dim"
+    assert row(table, "bound minus that") == "-1.2590 bits/dim +- 0.0110; below 0: better"
+    for foreign in ("floor", "excess", "rate", "PSNR", "SSIM", "PCA", "mean image", "not fitted", "PNG", "codecs"):
+        assert foreign not in table, foreign
+    assert "True bits per dimension" in table and "A lossless code can spend the bound" in table
+    assert "  note: few bits few bits" in table and max(map(len, table.splitlines())) <= 88
+    without = evaluation_table({**EIGHT_BIT, "gaussian_bpd": None, "over_gaussian_bpd": None})
+    assert "Gaussian" not in without and "without a network" not in without
+
+
+def test_evaluation_of_gray_values_beside_codecs() -> None:
+    asked = {"png_bpd": 3.29, "webp_bpd": 2.8, "jpegls_bpd": 2.7, "jxl_bpd": 2.57}
+    asked |= {f"{name}_stderr": 0.01 for name in asked} | {"over_jxl_bpd": 0.081, "over_jxl_bpd_stderr": None}
+    table = evaluation_table(EIGHT_BIT | asked)
+    assert row(table, "PNG") == "3.2900 bits/dim +- 0.0100" and row(table, "JPEG-LS") == "2.7000 bits/dim +- 0.0100"
+    lines = table.splitlines()
+    after = lines[next(i for i, line in enumerate(lines) if "JPEG XL" in line) + 1]
+    assert "bound minus that" in after and "0.0810 bits/dim  +- unknown (one patient); below 0: better" in after
+    assert "all images in one file" not in table
+    table = evaluation_table(EIGHT_BIT | asked | {"jxl_sheet_bpd": 4.93})
+    assert "  JPEG XL                          4.9300 bits/dim" in table.split("all images in one file:")[1]
+
+
 def test_the_error_of_one_patient_is_unknown() -> None:
     table = evaluation_table({**EVALUATION, "vlb_bpd_stderr": None, "labels": "null"})
     assert row(table, "total: the bound") == "0.8655 bits/dim +- unknown (one patient)" and "no labels (null)" in table

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from medvdm.evaluation.components import exact_components
 from medvdm.evaluation.measures import bands, gray_distance, ms_ssim, num_scales, pair_similarity, power_spectrum
 from medvdm.evaluation.statistics import auc, clustered_stderr, logistic, two_sample
 from medvdm.runs import audit as audit_module
+from medvdm.runs import sample as sample_module
 from medvdm.runs.audit import audit, audit_sets
 from medvdm.runs.run import Run, load, load_data
 
@@ -525,6 +528,34 @@ def test_audit_for_people_and_for_programs(run: Path, capfd: pytest.CaptureFixtu
     assert f"| {result['samples']['nearest_pca']:.4f} | {result['decoded']['nearest_pca']:.4f} |" in again
     assert json.loads(next((run / "audits").glob("*.json")).read_text()) == result
     assert len(list((run / "audits").iterdir())) == 1
+
+
+def test_an_audit_of_a_diffusion_on_pixels_has_no_column_of_decoded_images(
+    trained_pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """z_0 is the image itself. All sets are pictures in [0, 1] of one size, drawn in batches of the size asked for."""
+    path = Path(shutil.copytree(trained_pixels, tmp_path / "run"))
+    loaded = load(path)
+    drawn: list[int] = []
+    inner = sample_module.batches
+
+    def batches(*args: Any, **more: Any) -> Any:
+        return (drawn.append(len(part.images)) or part for part in inner(*args, **more))
+
+    monkeypatch.setattr(sample_module, "batches", batches)
+    sets = audit_sets(loaded, load_data(loaded), num=10, steps=2, batch_size=4)
+    n = len(sets["held_out"].images)
+    assert sum(drawn) == n > 4 and max(drawn) == 4
+    assert "decoded" not in sets and {"samples", "held_out"} <= set(sets)
+    for one in sets.values():
+        assert one.images.shape == (n, 16, 16, 1) and one.images.dtype == np.float32
+        assert 0 <= one.images.min() and one.images.max() <= 1
+    levels = sets["samples"].images * 255
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-4)
+    result = audit(loaded, num=10, steps=2)
+    assert "decoded" not in result
+    for text in (audit_table(result), (path / "MODEL_CARD.md").read_text().split("## Audit")[1].split("Compare")[0]):
+        assert "decoded" not in text
 
 
 def test_an_audit_of_a_class_takes_its_real_images_from_that_class(trained: Trained) -> None:

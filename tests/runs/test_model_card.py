@@ -371,6 +371,34 @@ def test_card_says_how_many_gray_levels_a_model_of_them_saw() -> None:
     assert "- Gray levels: 255 of 256 occur in 1,000 training images, 154 in the median image" in text
 
 
+EIGHT_BIT = {
+    **{name: EVALUATION[name] for name in EVALUATION if not name.endswith("_bpd")},
+    **dict.fromkeys(("floor_bpd", "excess_bpd", "psnr_db", "ssim", "pca64_bpd", "mean_image_bpd", "lingauss_bpd")),
+    **{"likelihood": "8-bit", "reconstruction_bpd": 0.04, "diffusion_bpd": 2.61, "latent_bpd": 0.001},
+    **{"vlb_bpd": 2.651, "vlb_bpd_stderr": 0.021, "gaussian_bpd": 3.91, "png_bpd": None, "jxl_bpd": None},
+}
+
+
+def test_card_of_a_model_of_gray_values() -> None:
+    record = record_of()
+    record["evaluations"] = [EIGHT_BIT]
+    use = {"images": 1000, "distinct": 255, "distinct_per_image": 154.0, "rounded": 0.0}
+    record["data"] = {**record["data"], "level_use": use}
+    card = model_card.model_card(record)
+    text = first_screen(card)
+    assert "1,234 test images of 617 patients that were not trained on, it describes an image exactly" in text
+    assert "with 2.65 bits per pixel and channel (± 0.02), smaller is better; stored as they are, they take 8." in text
+    assert "on the same images: a Gaussian without a network 3.91." in text
+    assert row(card, "**negative bound (total)**") == ["**negative bound (total)**", "bits/dim", "2.6510"]
+    assert "| PNG" not in card and "comparable with the bits/dim of other 8-bit models" in card
+    for foreign in ("floor", "Bernoulli", "PSNR", "PCA-64", "mean image", "independent given the latent"):
+        assert foreign not in card, foreign
+    record["evaluations"] = [EIGHT_BIT, {**EIGHT_BIT, "draws": 16, "png_bpd": 3.29, "jxl_bpd": 2.57}]
+    card = model_card.model_card(record)
+    assert row(card, "PNG, a file per image")[2:] == ["–", "3.2900"]
+    assert "PNG files 3.29, JPEG XL files 2.57." in first_screen(card)
+
+
 def test_card_has_the_notes_of_the_training() -> None:
     text = section(model_card.model_card(record_of()), "Training")
     assert "- Note: the warm-up of 250 steps is longer than the run" in text
