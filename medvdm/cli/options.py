@@ -103,7 +103,7 @@ def run_config(options: Train) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The bound of a run on held-out images, its error, the floor of the data, and the baselines."""
+    """The bound of a run on held-out images, its error, and what else describes these images."""
 
     run: RunFolder
     """Folder of the run."""

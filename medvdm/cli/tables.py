@@ -109,8 +109,8 @@ def _eight_bit_table(r: dict[str, Any]) -> str:
             *(["without a network, fitted on the run's training images:", *gaussian] if gaussian else []),
             *(["lossless codecs, a file per image:", *files] if files else []),
             *(["lossless codecs, all images in one file:", *sheets] if sheets else []),
-            "True bits per dimension (pixel and channel) of 8-bit gray values; low is good, raw is 8.",
-            "A lossless code can spend the bound on average. +-: standard error, by patient.",
+            "True bits per dimension of 8-bit gray values: low is good, raw images take 8. The bound",
+            "is what a lossless code by this model would take. +-: standard error, by patient.",
         ]
     )
 

@@ -38,7 +38,8 @@ from medvdm.training.step import TrainConfig
 
 CONTRACT_KEYS = {
     "evaluate": "num_images reconstruction_bpd diffusion_bpd latent_bpd vlb_bpd vlb_bpd_stderr floor_bpd excess_bpd "
-    "rate_bits_per_image pca64_bpd mean_image_bpd lingauss_bpd".split(),
+    "rate_bits_per_image pca64_bpd mean_image_bpd lingauss_bpd likelihood gaussian_bpd png_bpd webp_bpd jpegls_bpd "
+    "jxl_bpd".split(),
     "metrics": "step seconds steps_per_second reconstruction_bpd diffusion_bpd latent_bpd vlb_bpd".split(),
 }
 FROM_DATA = {"image_shape", "classes"}  # settings of the model that no option sets
@@ -757,6 +758,10 @@ def test_evaluate_for_people_shows_what_the_json_holds(run: Path, capfd: pytest.
     assert "raw weights" in text and "true labels" in text and "split 'val'" in text
     assert result["pca64_bpd"] is None and "not fitted" in text
     assert "no labels (null)" in said(capfd, "evaluate", run, "--split", "val", "--draws", "2", "--null")[0]
+
+
+def test_codecs_of_a_bernoulli_run_are_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(capfd, "evaluate", run, "--codecs", names=["codecs: ", "Bernoulli", "preset pixel"])
 
 
 def test_evaluate_options_reach_the_result(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

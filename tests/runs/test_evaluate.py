@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -275,6 +276,24 @@ def test_keys_that_make_no_sense_are_null_for_either_kind(path: Path, pixels: Ru
             assert value is None, name
         elif name not in others:
             assert value == measured[name], name
+
+
+def test_the_manual_names_every_number(measured: dict[str, Any]) -> None:
+    """And says for which kind of model it is null."""
+    text = (Path(__file__).parents[2] / "book" / "cli.md").read_text(encoding="utf-8")
+    table = text.split("| key | meaning | Bernoulli | 8-bit |\n")[1].split("\n\n")[0].splitlines()[1:]
+    told: dict[str, str] = {}
+    for line in table:
+        keys, _, _, eight_bit = (cell.strip() for cell in line.strip("|").split("|"))
+        names = re.findall(r"`([a-z0-9_]+)`", keys)
+        if "_stderr" in names and "each with" in keys:
+            names = [name for name in names if name != "_stderr"]
+            names += [f"{name}_stderr" for name in names]
+        told |= dict.fromkeys(names, eight_bit)
+    about = "run version step weights own_data batch_size seed notes data split labels seconds".split()
+    assert set(told) == set(measured) - set(about)
+    for name, eight_bit in told.items():
+        assert (measured[name] is None) == (eight_bit == "null"), name
 
 
 def test_codecs_are_for_gray_values_and_need_their_package(
