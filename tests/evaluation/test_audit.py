@@ -576,20 +576,17 @@ def test_an_audit_of_a_class_takes_its_real_images_from_that_class(trained: Trai
     np.testing.assert_allclose(sets["samples"].images, drawn.images, atol=1e-6)
 
 
-def test_an_audit_of_a_diffusion_on_pixels_has_no_column_of_decoded_images(trained_pixels: Path) -> None:
-    """Its z_0 is the image. What a picture shows is whole gray values, in the samples as in the images."""
+def test_samples_of_an_8_bit_model_are_held_against_gray_levels(trained_pixels: Path) -> None:
+    """The phantoms' own values lie between the levels, which alone would tell them from any sample."""
     loaded = load(trained_pixels)
     data = load_data(loaded)
     patients = sorted(set(data.patients[data.indices("train")]))
     loaded, data = other_splits(loaded, **dict.fromkeys(patients[:6], "test"), **dict.fromkeys(patients[6:12], "val"))
     sets = audit_sets(loaded, data, num=10, steps=2)
-    assert {"samples", "real", "held_out"} <= set(sets) and "decoded" not in sets
     for name in ("samples", "real", "held_out"):
-        assert sets[name].images.shape == (10, 16, 16, 1)
         np.testing.assert_allclose(255 * sets[name].images, np.rint(255 * sets[name].images), atol=1e-4)
-    result = audit(loaded, data, num=10, steps=2, save=False)
-    assert "decoded" not in result and 0 <= result["samples"]["c2st_coarse"] <= 1
-    assert "decoded" not in audit_table(result)
+    everything = data.indices("test")
+    rows_of(sets["held_out"].images, data.levels(everything) / np.float32(255))  # each is one of these
 
 
 @pytest.mark.parametrize(
