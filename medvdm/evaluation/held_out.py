@@ -40,7 +40,7 @@ from medvdm.evaluation import baselines as baselines_
 from medvdm.evaluation import codecs as codecs_
 from medvdm.evaluation.gaussian_images import GaussianImages
 from medvdm.evaluation.statistics import clustered_stderr
-from medvdm.models import vdm
+from medvdm.models import cascade, vdm
 from medvdm.theory import bound
 from medvdm.training.batches import padded_batches, padded_rows
 from medvdm.training.devices import Layout, joined, own_parts
@@ -95,7 +95,7 @@ class ImageResults(NamedTuple):
 
 @partial(jax.jit, static_argnames=("graph",))
 def _bound(params: vdm.Params, x: Array, labels: Array | None, key: Array, *, graph: nnx.GraphDef) -> tuple[Array, ...]:
-    terms = bound.terms(vdm.merge(graph, params), x, labels, key=key)
+    terms = cascade.terms(vdm.merge(graph, params), x, labels, key=key)
     return terms.reconstruction, terms.diffusion, terms.prior
 
 

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, UInt8
 
 from medvdm.errors import InputError
 from medvdm.models.blocks import FiLM, modulate, time_embedding
-from medvdm.models.likelihoods import check_levels, level_mean, level_values
+from medvdm.models.likelihoods import SPACING, check_levels, level_mean, level_values
 from medvdm.theory import gaussian
 
 PIXEL_VARIANCE = 0.25  #: lambda, about that of gray values in [-1, 1]
@@ -140,6 +140,7 @@ class UNet(nnx.Module):
         details: what the network is given beside z: see :func:`contrast_features` and :func:`fourier_features`.
         attention: whether each block of the coarsest scale is followed by attention over all places.
         rounding: whether the answer knows that gray values are whole numbers.
+        reduce: k where the network is also given the image reduced k times, see :mod:`medvdm.models.cascade`; or 0.
         embedding_dim: width of the time and label embeddings.
         gamma_range: the gammas that the network's time maps to 0 and 1, constants as in the ScoreNet.
     """
@@ -155,16 +156,17 @@ class UNet(nnx.Module):
         details: str,
         attention: bool,
         rounding: bool,
+        reduce: int,
         embedding_dim: int,
         gamma_range: tuple[float, float],
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.patch, self.scales, self.details, self.rounding = patch, scales, details, rounding
+        self.patch, self.scales, self.details, self.rounding, self.reduce = patch, scales, details, rounding, reduce
         self.embedding_dim, self.gamma_range, self.dtype = embedding_dim, gamma_range, dtype
         shared = {"dtype": dtype, "rngs": rngs}
         widths = [width * 2**i for i in range(scales)]
-        given = channels * {"none": 1, "contrast": 3, "fourier": 5}[details]
+        given = channels * ({"none": 1, "contrast": 3, "fourier": 5}[details] + (1 if reduce else 0))
         answers = channels * (2 if rounding else 1)
 
         self.mix1 = nnx.Linear(2 * embedding_dim, 4 * embedding_dim, **shared)
@@ -191,11 +193,13 @@ class UNet(nnx.Module):
         mixed = nnx.swish(self.mix2(nnx.swish(self.mix1(joined))))
         return tuple(film(mixed) for film in self.films), gamma
 
-    def answers(self, z: Float[Array, "n h w c"], condition: Any) -> Float[Array, "n h w answers"]:
+    def answers(
+        self, z: Float[Array, "n h w c"], condition: Any, shown: Float[Array, "n h w c"] | None = None
+    ) -> Float[Array, "n h w answers"]:
         """The network itself: what it says of each pixel, channel by channel, before it is read as noise."""
         films, gamma = condition
         height, width = z.shape[1:3]
-        given = [z]
+        given = [z] if shown is None else [z, shown]
         if self.details == "contrast":
             given.append(contrast_features(z, gamma))
         if self.details == "fourier":
@@ -223,9 +227,14 @@ class UNet(nnx.Module):
         said = rearrange(cells, "n a b (p q c) -> n (a p) (b q) c", p=self.patch, q=self.patch)
         return said[:, :height, :width]
 
-    def __call__(self, z: Float[Array, "n h w c"], condition: Any) -> Float[Array, "n h w c"]:
-        r"""Return :math:`\hat\epsilon`. ``condition`` comes from :meth:`condition`; its m is n, or 1 for all."""
-        said = self.answers(z, condition)
+    def __call__(
+        self, z: Float[Array, "n h w c"], condition: Any, shown: Float[Array, "n h w c"] | None = None
+    ) -> Float[Array, "n h w c"]:
+        r"""Return :math:`\hat\epsilon`. ``condition`` comes from :meth:`condition`; its m is n, or 1 for all.
+
+        ``shown`` is the reduced image, enlarged again by repeating its pixels, where the network is given one.
+        """
+        said = self.answers(z, condition, shown)
         gamma = condition[1][:, None, None, None]
         alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)  # alpha^2 = sigmoid(-gamma)
         alpha, sigma = jnp.sqrt(alpha2), jnp.sqrt(sigma2)
@@ -234,6 +243,34 @@ class UNet(nnx.Module):
         if not self.rounding:
             return eps_hat
         variance = jnp.exp(jnp.clip(2.0 * said[..., z.shape[-1] :] - 5.0, -14.0, 3.0))
-        deviation = jnp.sqrt(sigma2 * variance / (alpha2 * variance + sigma2))
-        centre = (z - sigma * eps_hat) / alpha
-        return eps_hat + alpha * (centre - level_mean(centre, deviation)) / sigma
+        left = sigma2 * variance / (alpha2 * variance + sigma2)  # d^2
+        centre = known = (z - sigma * eps_hat) / alpha
+        if shown is not None:
+            known, left = with_mean(centre, left, shown, self.reduce)
+        return eps_hat + alpha * (centre - level_mean(known, jnp.sqrt(left))) / sigma
+
+
+def with_mean(
+    centre: Float[Array, "n h w c"], variance: Float[Array, "n h w c"], shown: Float[Array, "n h w c"], side: int
+) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
+    r"""What Bayes' rule makes of independent normal pixels when the mean m of each cell of k x k is known as well.
+
+    .. math::
+        c_i \mapsto c_i + g_i (m - \bar c), \qquad d_i^2 \mapsto d_i^2 (1 - g_i / k^2), \qquad
+        g_i = \frac{d_i^2 / k^2}{\bar{d^2} / k^2 + r}
+
+    with means over the cell. m is a whole gray value, the mean rounded: r is the variance of the rounding, 1/12 of the
+    square of the spacing.
+    """
+
+    def cells(x: Float[Array, "n h w c"]) -> Float[Array, "n a k b k c"]:
+        return rearrange(x, "n (a k) (b l) c -> n a k b l c", k=side, l=side)
+
+    def mean(x: Float[Array, "n a k b k c"]) -> Float[Array, "n a 1 b 1 c"]:
+        return jnp.mean(x, axis=(2, 4), keepdims=True)
+
+    c, d2 = cells(centre), cells(variance) / side**2
+    gain = d2 / (mean(d2) + SPACING**2 / 12.0)
+    c = c + gain * (cells(shown) - mean(c))
+    d2 = side**2 * d2 * (1.0 - gain / side**2)
+    return tuple(rearrange(x, "n a k b l c -> n (a k) (b l) c") for x in (c, d2))  # type: ignore[return-value]

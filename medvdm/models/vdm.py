@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.nnx as nnx
@@ -79,20 +79,25 @@ class VDMConfig:
     details: Literal["contrast", "fourier", "none"] = "contrast"
     """What a U-Net is given beside z: amplified differences from the surroundings, Fourier features, or nothing."""
     attention: bool = False
-    """Whether a U-Net attends over all places of its coarsest scale."""
+    """Whether a U-Net attends over all places of its coarsest scale; with ``reduce``, that of the reduced copy does."""
     rounding: bool = True
     """Whether a U-Net's answer knows that gray values are whole numbers."""
+    reduce: int = 0
+    """How many times smaller the sides of a copy are that a U-Net of its own models first (medvdm.models.cascade);
+    the U-Net of the whole image is then given that copy. 0 has no such stage."""
+    base_scales: int = 3
+    """Scales of the U-Net of the reduced copy, which is to see it as a whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the arithmetic inside the networks; parameters and losses stay float32."""
 
     def __post_init__(self) -> None:
         schedules.check_range(self.gamma_min, self.gamma_max)
         positive = ("latent", "embedding_dim", "encoder_width", "decoder_width", "inner_width")
-        positive += ("width", "scales", "blocks", "patch")
+        positive += ("width", "scales", "blocks", "patch", "base_scales")
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
-        for name in ("classes", "timesteps", "encoder_layers", "decoder_layers", "score_layers"):
+        for name in ("classes", "timesteps", "reduce", "encoder_layers", "decoder_layers", "score_layers"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: {getattr(self, name)}; expected 0 or more")
         if self.embedding_dim % 2:
@@ -117,10 +122,25 @@ class VDMConfig:
             )
         if self.attention and self.width * 2 ** (self.scales - 1) % Attention.HEADS:
             raise InputError(f"width: {self.width}; expected a multiple of {Attention.HEADS}, for attention")
+        if self.reduce:
+            if self.architecture != "unet" or self.schedule != "fixed-linear" or not self.rounding or self.reduce < 2:
+                raise InputError(
+                    f"reduce: {self.reduce} with architecture '{self.architecture}', schedule '{self.schedule}', "
+                    f"rounding {self.rounding}; expected 2 or more with 'unet', 'fixed-linear' and True"
+                )
+            if any(side % self.reduce for side in self.image_shape[:2]):
+                raise InputError(f"image_shape: {self.image_shape}; expected sides that are multiples of {self.reduce}")
+            self.base()  # refuses a copy that is too small
         if self.schedule not in schedules.KINDS:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.KINDS)}")
         if self.learn_ends and self.schedule != "monotonic":
             raise InputError(f"learn_ends: True with schedule '{self.schedule}'; expected schedule 'monotonic'")
+
+    def base(self) -> VDMConfig:
+        """The settings of the model of the reduced copy."""
+        height, width, channels = self.image_shape
+        shape = (height // self.reduce, width // self.reduce, channels)
+        return replace(self, image_shape=shape, scales=self.base_scales, reduce=0)
 
     @property
     def dimensions(self) -> int:
@@ -198,8 +218,9 @@ def _unet(config: VDMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, nnx.
             blocks=config.blocks,
             patch=config.patch,
             details=config.details,
-            attention=config.attention,
+            attention=config.attention and not config.reduce,  # what learns from crops sees no whole
             rounding=config.rounding,
+            reduce=config.reduce,
             embedding_dim=config.embedding_dim,
             gamma_range=(config.gamma_min, config.gamma_max),
             dtype=dtype,
@@ -230,6 +251,8 @@ class VDM(nnx.Module):
         )
         for name, part in ARCHITECTURES[config.architecture].build(config, dtype, rngs).items():
             setattr(self, name, part)
+        if config.reduce:
+            self.base = VDM(config.base(), rngs=rngs)
         self.labels = blocks.LabelEmbedding(config.classes, config.embedding_dim, rngs=rngs)
 
     @property

@@ -53,6 +53,27 @@ def _presets() -> dict[str, RunConfig]:
                 steps=12_000, batch_size=8, learning_rate=3e-3, warmup_steps=100, clip_norm=1.0, ema_decay=0.999
             ),
         ),
+        # The same for large images: it learns from crops, and the network takes images of any size.
+        "pixel-large": RunConfig(
+            preset="pixel-large",
+            data=DataConfig(image_size=256),
+            model=VDMConfig(
+                architecture="unet",
+                gamma_min=-14.0,  # a reduced X-ray is smooth: its finest detail is about one gray level
+                gamma_max=5.0,
+                embedding_dim=64,
+                width=48,
+            ),
+            training=TrainConfig(
+                steps=20_000,
+                batch_size=4,
+                crop=64,
+                learning_rate=3e-3,
+                warmup_steps=100,
+                clip_norm=1.0,
+                ema_decay=0.999,
+            ),
+        ),
         # Starts as the linear-Gaussian VDM of the training images and learns what that cannot express: the best bound
         # here for its time. The components are measured on shifted and resized copies, which generalise better.
         "linear-start": RunConfig(

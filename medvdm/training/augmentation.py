@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from medvdm.errors import InputError
-
 
 def resample(x: Float[Array, "n *rest"], size: Float[Array, ""], shift: Float[Array, ""]) -> Float[Array, "n *rest"]:
     """Rows of x moved by ``shift`` and stretched by ``size`` about the centre: linear between rows, ends repeated."""
@@ -34,19 +32,6 @@ def moved(x: Num[Array, "n *rest"], shift: Int[Array, ""]) -> Num[Array, "n *res
     """Rows of x moved by a whole number of rows, ends repeated."""
     n = x.shape[0]
     return x[jnp.clip(jnp.arange(n) - shift, 0, n - 1)]
-
-
-def crop(key: PRNGKeyArray, x: Num[Array, "n h w c"], side: int) -> Num[Array, "n {side} {side} c"]:
-    """A square of ``side`` pixels out of each image, every place as likely.
-
-    Raises:
-        InputError: a side of less than 1, or larger than the images.
-    """
-    n, h, w, c = x.shape
-    if not 1 <= side <= min(h, w):
-        raise InputError(f"crop: {side}; expected from 1 to {min(h, w)}, the images' side")
-    first = jax.random.randint(key, (n, 2), 0, jnp.array([[h - side + 1, w - side + 1]]))
-    return jax.vmap(lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), (side, side, c)))(x, first)
 
 
 def augment(

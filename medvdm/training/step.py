@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from medvdm.errors import InputError, nearest
-from medvdm.models import vdm
+from medvdm.models import cascade, vdm
 from medvdm.models.unet import least_side
 from medvdm.theory import bound, schedules
 from medvdm.training import augmentation, schedule_variance
@@ -114,6 +114,8 @@ def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
             raise InputError(f"crop: {config.crop} with architecture '{model.architecture}'; expected 'unet'")
         if config.crop < (least := least_side(model.scales, model.patch)):
             raise InputError(f"crop: {config.crop}; expected at least {least}, the smallest side that the U-Net takes")
+        if model.reduce and config.crop % model.reduce:
+            raise InputError(f"crop: {config.crop}; expected a multiple of reduce, {model.reduce}")
     if vdm.ARCHITECTURES[model.architecture].likelihood.integers:
         for name in ("augment_size", "augment_exposure", "gradient_difference_weight"):
             if getattr(config, name):
@@ -235,32 +237,38 @@ def loss_fn(
     key: jax.Array,
     probe: bound.Probe | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, bound.Bound]]:
-    """The training loss: the mean over the batch in bits per dimension.
+    """The training loss: the mean over the batch in bits per dimension, of a crop of each image where asked for.
 
     Returns:
-        The loss; what a step reports; and the terms behind it, one value per image, in nats.
+        The loss; what a step reports; and the terms behind it (those of the last stage), one value per image, in nats.
     """
     key_bound, key_dropout = jax.random.split(key)
     keep = None
     if model.config.classes:
         keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
-    terms = bound.terms(
-        model,
-        images,
-        labels,
-        key=key_bound,
-        keep=keep,
-        stratified=config.stratified_times,
-        with_gradient_difference=config.gradient_difference_weight > 0,
-        probe=probe,
-    )
+    parts = cascade.stages(model, images, crop=config.crop, key=jax.random.fold_in(key, 3))
+    every = [
+        bound.terms(
+            part.model,
+            part.images,
+            labels,
+            key=cascade.stage_key(key_bound, len(parts) - 1 - i),
+            keep=keep,
+            stratified=config.stratified_times,
+            with_gradient_difference=config.gradient_difference_weight > 0,
+            probe=probe,
+        )
+        for i, part in enumerate(parts)
+    ]
+    terms = every[-1]
 
-    def bpd(term: Float[Array, " n"]) -> Float[Array, ""]:
-        return bound.bits_per_dim(jnp.mean(term), images.shape[1:])
+    def bpd(name: str) -> Float[Array, ""]:
+        nats = [jnp.mean(getattr(one, name)) for one in every]
+        return sum(bound.bits_per_dim(n, (part.pixels,)) for n, part in zip(nats, parts, strict=True))
 
-    reconstruction, prior, diffusion = bpd(terms.reconstruction), bpd(terms.prior), bpd(terms.diffusion)
+    reconstruction, prior, diffusion = bpd("reconstruction"), bpd("prior"), bpd("diffusion")
     vlb = reconstruction + prior + diffusion
-    loss = vlb + config.gradient_difference_weight * bpd(terms.gradient_difference)
+    loss = vlb + config.gradient_difference_weight * bpd("gradient_difference")
     return loss, (Metrics(reconstruction, diffusion, prior, vlb, loss), terms)
 
 
@@ -334,8 +342,6 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again.
         images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
-        if config.crop:
-            images = augmentation.crop(jax.random.fold_in(key, 3), images, config.crop)
         trained, measured = vdm.partition(graph, state.params)
         grads, metrics = gradient(graph, config, state.params, images, labels, key)
         updates, opt_state = _optimiser(model, config, plan).update(grads, state.opt_state, trained)

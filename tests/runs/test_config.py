@@ -48,7 +48,7 @@ PAPER = {
 
 
 def test_the_presets_are_those_of_the_command_line() -> None:
-    assert PRESETS == ("demo", "paper", "paper-literal", "pixel", "linear-start")
+    assert PRESETS == ("demo", "paper", "paper-literal", "pixel", "pixel-large", "linear-start")
     assert all(preset(name).preset == name for name in PRESETS)
 
 

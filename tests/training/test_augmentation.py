@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from medvdm import data
 from medvdm.errors import InputError
+from medvdm.models import cascade
 from medvdm.training import augmentation
 from medvdm.training.step import init_state, jit_step
 
@@ -144,7 +145,7 @@ def test_shifts_invent_no_gray_value_and_none_is_no_shift():
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
 def test_a_crop_is_a_square_of_the_image_and_every_place_is_as_likely(dtype):
     n, (h, w), side = 3000, (7, 9), 5
-    crops = np.asarray(augmentation.crop(jax.random.key(0), places(n, h, w).astype(dtype), side))
+    crops = np.asarray(cascade.cut(jax.random.key(0), [places(n, h, w).astype(dtype)], side)[0])
     assert crops.shape == (n, side, side, 2) and crops.dtype == dtype
     first = crops[:, 0, 0].astype(int)
     expected = np.stack(np.mgrid[:side, :side], axis=-1)[None] + first[:, None, None]
@@ -156,13 +157,13 @@ def test_a_crop_is_a_square_of_the_image_and_every_place_is_as_likely(dtype):
 
 def test_a_crop_is_a_function_of_its_key_and_may_be_the_whole_image():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)), jnp.uint8)
-    crops = [augmentation.crop(jax.random.key(k), images, 3) for k in (1, 1, 2)]
+    crops = [cascade.cut(jax.random.key(k), [images], 3)[0] for k in (1, 1, 2)]
     np.testing.assert_array_equal(crops[0], crops[1])
     assert np.any(crops[0] != crops[2])
-    np.testing.assert_array_equal(augmentation.crop(jax.random.key(0), images, 8), images)
+    np.testing.assert_array_equal(cascade.cut(jax.random.key(0), [images], 8)[0], images)
 
 
 @pytest.mark.parametrize("side", [0, 9])
 def test_a_crop_that_is_no_part_of_the_images_is_refused(side):
     with pytest.raises(InputError, match=f"^crop: {side}; expected from 1 to 8, the images' side$"):
-        augmentation.crop(jax.random.key(0), jnp.zeros((2, 12, 8, 1), jnp.uint8), side)
+        cascade.cut(jax.random.key(0), [jnp.zeros((2, 12, 8, 1), jnp.uint8)], side)[0]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from medvdm.errors import InputError
-from medvdm.models import vdm
+from medvdm.models import cascade, vdm
 from medvdm.theory import bound
 from medvdm.training import augmentation
 from medvdm.training import step as step_
@@ -346,7 +346,7 @@ def test_a_step_on_pixels_reports_the_loss_of_its_crops_and_lowers_it(crop):
     config = TrainConfig(steps=8, batch_size=4, learning_rate=3e-3, warmup_steps=0, crop=crop)
     state, images = init_state(PIXELS, config), gray_values()
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    seen = augmentation.crop(jax.random.fold_in(key, 3), images, crop) if crop else images
+    seen = cascade.cut(jax.random.fold_in(key, 3), [images], crop)[0] if crop else images
 
     @jax.jit
     def loss_of(params, seen):

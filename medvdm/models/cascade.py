@@ -1,0 +1,126 @@
+r"""A large image in two stages: first a small copy of it, then the detail.
+
+Let b = g(x) be the image reduced k times, each pixel the mean of k x k, rounded to a whole gray value. It is a function
+of x, so
+
+.. math:: -\log p(x) = -\log p(b) - \log p(x \mid b) \le L(b) + L(x \mid b),
+
+and the bounds of the two models add up to a bound of the whole. The first model is an ordinary one of small images,
+which sees each of them as a whole. The second is given b, so all that it has to know lies near a pixel, and it can
+learn from crops. It may spread some of its probability on images whose reduction is another: that makes its bits more
+than they need to be, never fewer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Num, PRNGKeyArray, UInt8
+
+from medvdm.errors import InputError
+from medvdm.models.likelihoods import check_levels, level_values
+from medvdm.theory import bound
+from medvdm.theory.bound import Diffusion
+
+
+def reduced(x: UInt8[Array, "n h w c"], k: int) -> UInt8[Array, "n a b c"]:
+    """Each k x k pixels as their mean, rounded half up to a whole gray value; h and w are multiples of k."""
+    check_levels(x)
+    sums = jnp.sum(rearrange(x, "n (a k) (b l) c -> n a b (k l) c", k=k, l=k), axis=3, dtype=jnp.int32)
+    return ((2 * sums + k * k) // (2 * k * k)).astype(jnp.uint8)
+
+
+def enlarged(b: Num[Array, "n a b c"], k: int) -> Num[Array, "n h w c"]:
+    """Each pixel repeated k x k times."""
+    return jnp.repeat(jnp.repeat(b, k, axis=1), k, axis=2)
+
+
+class Given:
+    """The second model with the reduced image of its batch: a :class:`medvdm.theory.bound.Diffusion`.
+
+    Args:
+        model: a :class:`medvdm.models.vdm.VDM` with a ``base``.
+        shown: the reduced images in [-1, 1], enlarged to the size of the images.
+    """
+
+    def __init__(self, model: Any, shown: Float[Array, "n h w c"]):
+        self.model, self.shown = model, shown
+        self.timesteps = model.timesteps
+        self.gamma, self.encode, self.decode, self.picture = model.gamma, model.encode, model.decode, model.picture
+        self.embed, self.condition, self.observation_loss = model.embed, model.condition, model.observation_loss
+
+    def eps_hat(self, z: Float[Array, "n h w c"], condition: Any) -> Float[Array, "n h w c"]:
+        """The predicted noise in z, given the condition and the reduced image."""
+        return self.model.score(z, condition, self.shown)
+
+
+def given(model: Any, b: UInt8[Array, "n a b c"]) -> Given:
+    """The second model with the reduced images b."""
+    return Given(model, enlarged(level_values(b), model.config.reduce))
+
+
+class Stage(NamedTuple):
+    """One model of a chain, and what it is to be trained on."""
+
+    model: Diffusion
+    images: Num[Array, "n h w c"]
+    pixels: int  #: times channels that its nats are counted over, to add up to bits per dimension of the whole
+
+
+def stages(model: Any, x: Num[Array, "n h w c"], *, crop: int = 0, key: PRNGKeyArray | None = None) -> list[Stage]:
+    """The models whose bounds add up to that of images x, with the images of each; one stage where there is no base.
+
+    Args:
+        model: a :class:`medvdm.models.vdm.VDM`.
+        x: whole images.
+        crop: side of a square that stands for the whole in the last stage; 0 is the whole.
+        key: of the place of the square.
+    """
+    k, whole = model.config.reduce, x[0].size
+    if not k:
+        x = x if not crop else cut(key, [x], crop)[0]
+        return [Stage(model, x, x[0].size)]
+    b = reduced(x, k)
+    shown = enlarged(level_values(b), k)
+    if crop:
+        x, shown = cut(key, [x, shown], crop, k)
+    return [Stage(model.base, b, whole), Stage(Given(model, shown), x, x[0].size)]
+
+
+def terms(
+    model: Any, x: Num[Array, "n h w c"], labels: Float[Array, "n k"] | None = None, *, key: PRNGKeyArray
+) -> bound.Bound:
+    """:func:`medvdm.theory.bound.terms` of whole images, the sum over the stages; nats per image."""
+    every = [
+        bound.terms(stage.model, stage.images, labels, key=stage_key(key, i))
+        for i, stage in enumerate(reversed(stages(model, x)))
+    ]
+    return bound.Bound(*(sum(term) for term in zip(*every, strict=True)))._replace(times=every[0].times)
+
+
+def stage_key(key: PRNGKeyArray, i: int) -> PRNGKeyArray:
+    """The key of stage i, counted from the last: a model without a base has the key as it is."""
+    return jax.random.fold_in(key, i) if i else key
+
+
+def cut(
+    key: PRNGKeyArray, images: list[Num[Array, "n h w c"]], side: int, step: int = 1
+) -> list[Num[Array, "n {side} {side} c"]]:
+    """The same square out of each of several images, its corner at a multiple of ``step``, every place as likely.
+
+    Raises:
+        InputError: a side of less than 1, or larger than the images.
+    """
+    n, h, w, _ = images[0].shape
+    if not 1 <= side <= min(h, w):
+        raise InputError(f"crop: {side}; expected from 1 to {min(h, w)}, the images' side")
+    most = jnp.array([[(h - side) // step + 1, (w - side) // step + 1]])
+    first = step * jax.random.randint(key, (n, 2), 0, most)
+
+    def square(one: Array, at: Array) -> Array:
+        return jax.lax.dynamic_slice(one, (at[0], at[1], 0), (side, side, one.shape[2]))
+
+    return [jax.vmap(square)(x, first) for x in images]
