@@ -8,8 +8,12 @@ import scipy.fft
 import scipy.linalg
 import scipy.stats
 
+import medvdm
+from medvdm.data import DataConfig
 from medvdm.errors import InputError, InputTypeError, RunError
 from medvdm.evaluation import gaussian_images as gaussian
+from medvdm.evaluation.statistics import clustered_stderr
+from medvdm.theory.bound import bits_per_dim
 
 SHAPE = (4, 5, 2)
 SIZE = math.prod(SHAPE)
@@ -184,3 +188,20 @@ def test_save_and_load_round_trip(which, request, tmp_path):
         gaussian.load(path)
     with pytest.raises(RunError, match="none.npz"):
         gaussian.load(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "full", "reference"),
+    [("pneumoniamnist", "medmnist", True, 4.33), ("nih", "nih-chestxray8-256", False, 3.91)],
+)
+def test_reference_values_on_chest_xrays(name, folder, full, reference, real_data):
+    """Bits per pixel that were measured independently, on other held-out images and with other training images."""
+    data = medvdm.data.load(DataConfig(data=name, data_dir=str(real_data / folder)))
+    levels = {split: data.levels(data.indices(split)) for split in ("train", "val", "test")}
+    fitted = gaussian.fit([levels["train"]], levels["val"])
+    bits = bits_per_dim(fitted.nats(levels["test"]), data.image_shape)
+    assert (fitted.basis is not None) == full
+    # Two samples of about this size, and a little for the different fits.
+    error = math.sqrt(2) * clustered_stderr(bits, data.patients[data.indices("test")])
+    assert abs(bits.mean() - reference) < 3 * error + 0.02
+    assert error < 0.1, "the test could fail"
