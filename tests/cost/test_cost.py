@@ -184,6 +184,7 @@ def test_measured_ceilings_and_the_report_can_be_written_as_json() -> None:
         (lambda: benchmark.run(medvdm.preset("linear-start")), "benchmark: the plain step has"),
         (lambda: benchmark.run(medvdm.preset("pixel", schedule="monotonic")), "benchmark: the plain step has"),
         (lambda: benchmark.run(medvdm.preset("pixel", dtype="bfloat16")), "benchmark: the plain step has"),
+        (lambda: benchmark.run(medvdm.preset("pixel", image_size=32, reduce=2)), "benchmark: the plain step has"),
         (lambda: benchmark.run(medvdm.preset("pixel", augment_shift=0.1)), "benchmark: the plain step has"),
         (lambda: benchmark.run(medvdm.preset("pixel"), roofline=True), "architecture: 'unet'; expected 'residual'"),
         (lambda: roofline.ceilings(dtype="float23"), "dtype: 'float23'; did you mean 'float32'"),
