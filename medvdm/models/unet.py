@@ -156,7 +156,7 @@ class UNet(nnx.Module):
         details: str,
         attention: bool,
         rounding: bool,
-        reduce: int,
+        reduce: int = 0,
         embedding_dim: int,
         gamma_range: tuple[float, float],
         dtype: jnp.dtype,
