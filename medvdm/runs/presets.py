@@ -53,7 +53,7 @@ def _presets() -> dict[str, RunConfig]:
                 steps=12_000, batch_size=8, learning_rate=3e-3, warmup_steps=100, clip_norm=1.0, ema_decay=0.999
             ),
         ),
-        # The same for large images: it learns from crops, and the network takes images of any size.
+        # The same for large images: a reduced copy first, as a whole, and then the detail, which is learnt from crops.
         "pixel-large": RunConfig(
             preset="pixel-large",
             data=DataConfig(image_size=256),
@@ -63,6 +63,7 @@ def _presets() -> dict[str, RunConfig]:
                 gamma_max=5.0,
                 embedding_dim=64,
                 width=48,
+                reduce=4,
             ),
             training=TrainConfig(
                 steps=20_000,
