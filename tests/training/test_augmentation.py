@@ -135,6 +135,15 @@ def test_whole_gray_values_are_shifted_by_whole_pixels_as_numpy_does_it():
     assert abs(np.corrcoef(down, along)[0, 1]) < 4 / np.sqrt(n)
 
 
+@pytest.mark.parametrize("shift", [3, 0, -2])
+def test_whole_gray_values_go_where_others_go(images, shift):
+    """By the same sign: a shift by whole rows, of either kind."""
+    by_levels = augmentation.moved(images[0], jnp.asarray(shift))
+    np.testing.assert_allclose(
+        by_levels, augmentation.resample(images[0], jnp.ones(()), jnp.asarray(float(shift))), atol=1e-6
+    )
+
+
 def test_shifts_invent_no_gray_value_and_none_is_no_shift():
     levels = jnp.asarray(np.random.default_rng(0).choice([3, 77, 250], (20, 9, 7, 1)), jnp.uint8)
     out = augmentation.augment(jax.random.key(0), levels, shift=0.2)
