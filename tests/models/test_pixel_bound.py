@@ -67,7 +67,7 @@ class Told(UNet):
     def condition(self, gamma, label):
         return (), gamma
 
-    def answers(self, z, condition):
+    def answers(self, z, condition, shown=None):
         gamma = condition[1][:, None, None, None]
         alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)
         alpha, sigma = jnp.sqrt(alpha2), jnp.sqrt(sigma2)

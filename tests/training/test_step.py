@@ -369,19 +369,36 @@ def test_crops_have_a_key_of_their_own_at_each_step(monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(*arguments):
-        seen.extend([arguments[-1], *jax.random.split(arguments[-1])])
+    def stop(*_, key, **__):
+        seen.append(key)
         raise Stop
 
     seen, config = [], TrainConfig(crop=6, augment_shift=0.1)
-    monkeypatch.setattr(augmentation, "crop", lambda key, images, side: (seen.append(key), images)[1])
+    monkeypatch.setattr(cascade, "cut", lambda key, images, *_: (seen.append(key), images)[1])
     monkeypatch.setattr(augmentation, "augment", lambda key, images, **_: (seen.append(key), images)[1])
-    monkeypatch.setattr(step_, "gradient", stop)
+    monkeypatch.setattr(bound, "terms", stop)
     for number in (0, 1):
         state = init_state(PIXELS, config)._replace(step=jnp.asarray(number, jnp.int32))
         with pytest.raises(Stop):
             make_step(PIXELS, config)(state, gray_values(), None)
+        step_key = jax.random.fold_in(jax.random.key(config.seed), number)
+        seen.extend([step_key, jax.random.split(step_key)[1]])
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in seen}) == len(seen) == 10
+
+
+def test_the_gradient_of_a_learned_schedule_is_of_the_pixels_of_a_crop():
+    """Cut out before or inside, the loss and its gradient are the same, those of the spread of the loss too."""
+    model = dataclasses.replace(PIXELS, schedule="monotonic")
+    config = TrainConfig(batch_size=4, schedule_objective="variance", crop=6)
+    params, images, key = vdm.new_params(model, 0), gray_values(), jax.random.key(5)
+    (cut,) = cascade.cut(jax.random.fold_in(key, 3), [images], 6)
+
+    def gradient(config, images):
+        return jax.jit(lambda p, x: step_.gradient(vdm.graph_of(model), config, p, x, None, key)[0])(params, images)
+
+    inside, before = gradient(config, images), gradient(dataclasses.replace(config, crop=0), cut)
+    assert max(np.abs(g).max() for g in jax.tree.leaves(inside["schedule"])) > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), inside, before)
 
 
 @pytest.mark.parametrize(
