@@ -297,7 +297,8 @@ def gradient(
     (grads, of_mean), (metrics, terms) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
         trained, bound.Probe(jnp.zeros(n), jnp.zeros(n))
     )
-    # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to the nats of what was seen.
+    # The loss is a mean in bits per dimension; its gradient by one image's gamma is undone to that image's nats,
+    # or its crop's.
     shape = (config.crop, config.crop, images.shape[3]) if config.crop else images.shape[1:]
     by = jax.tree.map(lambda g: n * bound.nats_per_image(g, shape), of_mean)
     interior = schedule_variance.gradient(

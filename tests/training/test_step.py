@@ -398,7 +398,8 @@ def test_the_gradient_of_a_learned_schedule_is_of_the_pixels_of_a_crop():
 
     inside, before = gradient(config, images), gradient(dataclasses.replace(config, crop=0), cut)
     assert max(np.abs(g).max() for g in jax.tree.leaves(inside["schedule"])) > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), inside, before)
+    for one, other in zip(jax.tree.leaves(inside), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
 
 
 @pytest.mark.parametrize(
