@@ -166,6 +166,7 @@ OTHER_VALUES: dict[str, Any] = {
     "scales": 1,
     "blocks": 4,
     "patch": 8,
+    "base_scales": 5,
     "details": "fourier",
     "dtype": "bfloat16",
     "steps": 17,
@@ -216,7 +217,16 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     every = {f.name for kind in parts for f in dataclasses.fields(kind)} - FROM_DATA
     assert every == {
         *OTHER_VALUES,
-        *("stratified_times", "learn_ends", "schedule_objective", "keep_best", "attention", "rounding", "crop"),
+        *(
+            "stratified_times",
+            "learn_ends",
+            "schedule_objective",
+            "keep_best",
+            "attention",
+            "rounding",
+            "crop",
+            "reduce",
+        ),
     }
     words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     config, rest = caught_config(
@@ -247,8 +257,10 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rest == {"out": "there", "resume": False, "progress": True}
 
 
-def test_the_crop_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert caught_config(monkeypatch, "--preset", "pixel", "--crop", "40", "--out", "x")[0].training.crop == 40
+def test_crop_and_cascade_reach_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--preset", "pixel", "--crop", "40", "--reduce", "8", "--out", "x")
+    config, _ = caught_config(monkeypatch, *words)
+    assert config.training.crop == 40 and config.model.reduce == 8
 
 
 def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
