@@ -60,8 +60,9 @@ def generate(
         graph, params: the model, from :func:`medvdm.models.vdm.split`.
         labels: (num, k) multi-hot; None draws from the null.
         guidance: w; 0 is the model itself.
-        z: ``(num, *latent_shape)`` latents to start from instead of N(0, I), at t = ``first / steps``.
-        first: the step to start from; ``steps`` if None.
+        z: ``(num, *latent_shape)`` latents to start from instead of N(0, I), at t = ``first / steps``; not of a model
+            with ``reduce``, whose reduced copies begin with noise of their own.
+        first: the step to start from; ``steps`` if None, and with ``reduce``.
         num_states: how many evenly spaced states to return.
         batch_size: samples drawn at once.
 
@@ -142,6 +143,11 @@ def batches(
         raise InputError(f"guidance: {guidance} without labels; expected a label (and a class-conditional model)")
     if labels is not None and labels.shape != (num, model.config.classes):
         raise InputError(f"labels: shape {labels.shape}; expected {(num, model.config.classes)}, multi-hot")
+    if model.config.reduce and (z is not None or first != steps):
+        raise InputError(
+            f"{'first' if z is None else 'z'}: given, with reduce {model.config.reduce}; expected none, since the "
+            "reduced copy of a sample begins with noise of its own"
+        )
     if z is not None and z.shape != (num, *model.latent_shape):
         raise InputError(f"z: shape {z.shape}; expected {(num, *model.latent_shape)}")
 

@@ -128,17 +128,27 @@ class VDMConfig:
                     f"reduce: {self.reduce} with architecture '{self.architecture}', schedule '{self.schedule}', "
                     f"rounding {self.rounding}; expected 2 or more with 'unet', 'fixed-linear' and True"
                 )
-            if any(side % self.reduce for side in self.image_shape[:2]):
-                raise InputError(f"image_shape: {self.image_shape}; expected sides that are multiples of {self.reduce}")
-            self.base()  # refuses a copy that is too small
         if self.schedule not in schedules.KINDS:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.KINDS)}")
         if self.learn_ends and self.schedule != "monotonic":
             raise InputError(f"learn_ends: True with schedule '{self.schedule}'; expected schedule 'monotonic'")
 
     def base(self) -> VDMConfig:
-        """The settings of the model of the reduced copy."""
+        """The settings of the model of the reduced copy.
+
+        Raises:
+            InputError: sides that are no multiples of ``reduce``, or a copy that is too small for ``base_scales``. Only
+                here, since ``image_shape`` is right once the data are known.
+        """
         height, width, channels = self.image_shape
+        if height % self.reduce or width % self.reduce:
+            raise InputError(f"image_shape: {self.image_shape}; expected sides that are multiples of {self.reduce}")
+        least = self.reduce * least_side(self.base_scales, self.patch)
+        if min(height, width) < least:
+            raise InputError(
+                f"image_shape: {self.image_shape}; expected sides of at least {least} for a copy reduced "
+                f"{self.reduce} times and its U-Net of {self.base_scales} scales"
+            )
         shape = (height // self.reduce, width // self.reduce, channels)
         return replace(self, image_shape=shape, scales=self.base_scales, reduce=0)
 

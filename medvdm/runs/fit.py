@@ -180,6 +180,8 @@ def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
 def _check_data(config: RunConfig, data: ImageData) -> None:
     """Refuse images that this model cannot be trained on."""
     indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    if config.model.reduce:
+        config.model.base()  # refuses sides that cannot be reduced
     if config.training.crop > min(data.image_shape[:2]):
         raise InputError(
             f"crop: {config.training.crop}; expected at most {min(data.image_shape[:2])}, the images' side"
