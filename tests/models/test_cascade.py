@@ -419,6 +419,16 @@ def test_a_cascade_learns_and_stopped_and_resumed_it_ends_with_the_same_weights(
         assert max(jax.tree.leaves(moved)) > 1e-3, part
 
 
+@pytest.mark.slow
+def test_four_fake_devices_equal_one_for_a_cascade(trained, tmp_path):
+    settings = {name: value for name, value in {**tiny.PIXELS, **SETTINGS}.items() if name != "conditional"}
+    words = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    out = tmp_path / "run"
+    done = tiny.medvdm_command("train", "--preset", "pixel", "--conditional", "--out", out, *words, devices=4)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(out), losses(trained), rtol=1e-3)
+
+
 def test_the_evaluation_of_a_cascade_is_the_sum_of_both_stages(trained):
     run = load(trained)
     found = medvdm.evaluate(run, split="val", draws=2, save=False)

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from medvdm.models import likelihoods
+from medvdm.models import cascade, likelihoods
 from medvdm.models.unet import PIXEL_VARIANCE, UNet
 from medvdm.theory import bound, gaussian
 from medvdm.theory.schedules import FixedLinear
@@ -21,16 +21,29 @@ LAWS = {
 }
 
 
-def bits(model, n=2**13, side=4):
-    """The bound's mean in bits per pixel, and its standard error, by images drawn from the law of the model.
+def drawn(model, n=2**13, side=4):
+    """Images from the law of the model; the same for every model of one law."""
+    return jnp.asarray(model.sample(np.random.default_rng(1), (n, side, side, 1)))
+
+
+def by_time(model, x):
+    """The bound of each image in bits per pixel, in the order of the times at which it was estimated."""
+    terms = jax.jit(lambda x: bound.terms(model, x, key=jax.random.key(2)))(x)
+    return np.asarray(terms.total, np.float64)[np.argsort(terms.times)] / x[0].size / BIT
+
+
+def mean_and_error(values):
+    """The mean and its standard error.
 
     The times are spread evenly over the images. So the error is that of images with almost the same time: neighbours
     in time, whose difference has twice their variance.
     """
-    x = jnp.asarray(model.sample(np.random.default_rng(1), (n, side, side, 1)))
-    terms = jax.jit(lambda x: bound.terms(model, x, key=jax.random.key(2)))(x)
-    per_pixel = np.asarray(terms.total, np.float64)[np.argsort(terms.times)] / side**2 / BIT
-    return per_pixel.mean(), np.sqrt(np.mean(np.diff(per_pixel) ** 2) / 2 / n)
+    return values.mean(), np.sqrt(np.mean(np.diff(values) ** 2) / 2 / len(values))
+
+
+def bits(model):
+    """The bound's mean in bits per pixel, and its standard error, by images drawn from the law of the model."""
+    return mean_and_error(by_time(model, drawn(model)))
 
 
 @pytest.mark.parametrize(("law", "entropy"), [("uniform", 8.0), ("gaussian", None), ("narrow", None), ("twelve", None)])
@@ -61,8 +74,8 @@ def test_what_an_early_start_costs_is_the_gap_of_the_observation_model():
 class Told(UNet):
     """A U-Net whose network is replaced by what it should say: each pixel is N(mean, variance), the rest is no help."""
 
-    def __init__(self, mean, variance, *, rounding):
-        self.mean, self.variance, self.rounding = mean, variance, rounding
+    def __init__(self, mean, variance, *, rounding, reduce=0):
+        self.mean, self.variance, self.rounding, self.reduce = mean, variance, rounding, reduce
 
     def condition(self, gamma, label):
         return (), gamma
@@ -120,3 +133,40 @@ def test_the_bound_of_the_head_of_the_u_net_comes_close_to_the_entropy():
     assert found == pytest.approx(exact, abs=4 * error)
     without, more = bits(ToldLevels(*BELLS[bell], FixedLinear(*GAMMAS), rounding=False))
     assert without > found + 4 * (error + more), "a head that does not know of whole numbers pays for it"
+
+
+class ToldCopy(ToldLevels):
+    """:class:`ToldLevels` that is given the reduced copy of its images as well."""
+
+    def __init__(self, mean, deviation, schedule, x):
+        super().__init__(mean, deviation, schedule)
+        self.net.reduce = 2
+        self.shown = cascade.enlarged(likelihoods.level_values(cascade.reduced(x, 2)), 2)
+
+    def eps_hat(self, z, condition):
+        return self.net(z, condition, self.shown)
+
+
+@pytest.mark.parametrize(("deviation", "least"), [(0.6, 0.5), (3.0, 0.75), (12.0, 0.85)])
+def test_the_head_of_the_u_net_makes_use_of_a_reduced_copy(deviation, least):
+    """Of what the copy tells, H(b), it takes a part off the bits of the pixels, and never more than there is.
+
+    b is the rounded mean of four independent pixels, whose law is by convolution; H(x | b) = H(x) - H(b). For the head
+    the rounding is Gaussian noise, which is the worse the fewer gray levels there are.
+    """
+    mean = -1.0 + 100.3 * likelihoods.SPACING
+    law = oracle.gaussian_levels(mean, deviation * likelihoods.SPACING)
+    sums = np.ones(1)
+    for _ in range(4):
+        sums = np.convolve(sums, np.exp(law))
+    copy = np.bincount((np.arange(len(sums)) + 2) // 4, sums)
+    told = oracle.levels_entropy(np.log(np.maximum(copy, 1e-300))) / BIT / 4  # per pixel
+    plain = ToldLevels(mean, deviation * likelihoods.SPACING, FixedLinear(*GAMMAS))
+    x = drawn(plain)
+    given = by_time(ToldCopy(mean, deviation * likelihoods.SPACING, FixedLinear(*GAMMAS), x), x)
+    found, error = mean_and_error(given)
+    assert found > oracle.levels_entropy(law) / BIT - told - 4 * error
+    saved, error = mean_and_error(by_time(plain, x) - given)
+    assert error < 0.1 * told
+    assert saved > least * told - 4 * error
+    assert saved < told + 4 * error
