@@ -464,20 +464,31 @@ def test_samples_of_a_cascade_are_those_of_their_seed_in_any_batch_with_label_an
         assert np.abs(medvdm.sample(run, 5, **settings | changes).images - plain.images).max() > 0, changes
 
 
-def test_the_reduced_copy_of_a_sample_is_the_one_that_the_first_stage_drew(trained, monkeypatch):
-    run, drawn = load(trained), []
+def test_the_reduced_copy_of_a_sample_is_the_one_that_the_first_stage_drew_with_noise_of_its_own(trained, monkeypatch):
+    run, drawn, noise = load(trained), [], []
 
     def kept(model, b):
         jax.debug.callback(lambda b: drawn.append(np.asarray(b)), b)
         return real(model, b)
 
-    real = cascade.given
+    def noted(model, z, *arguments, keys, **more):
+        jax.debug.callback(
+            lambda keys, z: noise.append((np.asarray(keys), np.asarray(z))), jax.random.key_data(keys), z
+        )
+        return chain(model, z, *arguments, keys=keys, **more)
+
+    real, chain = cascade.given, generate_.chain
+    monkeypatch.setattr(generate_, "chain", noted)
     monkeypatch.setattr(generate_.cascade, "given", kept)
     generate_._generate.clear_cache()
     images = medvdm.sample(run, 4, steps=32, seed=1).images
     jax.effects_barrier()
     generate_._generate.clear_cache()
     (b,) = drawn
+    (first, z), (second, z_2) = sorted(noise, key=lambda both: both[1].size)  # the copy's comes first
+    assert z.shape == (4, 8, 8, 1) and z_2.shape == images.shape
+    assert len(np.unique(np.concatenate([first, second]), axis=0)) == 8, "a key for each sample and stage"
+    assert not np.isin(z, z_2).any()
     copies = cascade.reduced(jnp.asarray(np.rint(255 * images), jnp.uint8), 2)
     cut_off = ((images == 0) | (images == 1)).reshape(4, 8, 2, 8, 2, 1).any(axis=(2, 4))  # by black or white
     far = np.abs(np.asarray(copies, int) - b.astype(int))[~cut_off]
