@@ -122,7 +122,7 @@ def test_every_source_gives_its_bytes_back(tmp_path, monkeypatch, source, limit)
     assert data.reader(np.array([0])).dtype == (np.uint8 if source in STORED_AS_BYTES else np.float32)
 
 
-@pytest.mark.parametrize("source", STORED_AS_BYTES)
+@pytest.mark.parametrize("source", sorted(STORED_AS_BYTES))
 def test_what_is_stored_as_bytes_states_no_rounding(tmp_path, source):
     assert SOURCES[source](tmp_path).reading.rounded_from == ()
 
