@@ -182,13 +182,25 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return out
 
 
+#: Settings that an earlier version did not have. Where a record lacks one, its default holds, so a default here is what
+#: was done before and never changes; at its default a setting is no part of a fingerprint either.
+LATER = (
+    *("width", "scales", "blocks", "patch", "details", "attention", "rounding", "reduce", "base_scales"),  # 0.3.0
+    "crop",  # 0.3.0
+)
+
 #: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.
 FREE_ON_RESUME = ("data_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_best")
 
 
 def fingerprint(config: RunConfig) -> str:
     """A short hash of all settings that define the run's numbers; each checkpoint carries it."""
-    fixed = {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
+    defaults = flat(RunConfig(preset=config.preset))
+    fixed = {
+        name: value
+        for name, value in flat(config).items()
+        if name not in FREE_ON_RESUME and not (name in LATER and value == defaults[name])
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -206,7 +218,7 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 
 def from_json(record: Any, where: str = "config") -> RunConfig:
-    """The inverse of :func:`to_json`.
+    """The inverse of :func:`to_json`; a record of an earlier version may lack :data:`LATER` settings.
 
     Raises:
         RunError: a setting is missing, unknown, of a wrong type or out of range: a config of another version.
@@ -218,7 +230,8 @@ def from_json(record: Any, where: str = "config") -> RunConfig:
         raise RunError(f"{where}: {text}; expected a config written by this version of medvdm") from None
     # A dataclass has a default for what a record lacks, and does not notice what it has too much.
     written, read = _names(record), _names(to_json(config))
-    for what, names in {"missing": read - written, "unknown": written - read}.items():
+    later = {name for name in read if name.split(".")[-1] in LATER}
+    for what, names in {"missing": read - written - later, "unknown": written - read}.items():
         if names:
             listed = ", ".join(sorted(names))
             raise RunError(f"{where}: settings {what}: {listed}; expected a config written by this version of medvdm")
