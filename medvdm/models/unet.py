@@ -234,8 +234,17 @@ class UNet(nnx.Module):
 
         ``shown`` is the reduced image, enlarged again by repeating its pixels, where the network is given one.
         """
-        said = self.answers(z, condition, shown)
-        gamma = condition[1][:, None, None, None]
+        return self.noise(self.answers(z, condition, shown), z, condition[1], shown)
+
+    def noise(
+        self,
+        said: Float[Array, "n h w answers"],
+        z: Float[Array, "n h w c"],
+        gamma: Float[Array, " m"],
+        shown: Float[Array, "n h w c"] | None = None,
+    ) -> Float[Array, "n h w c"]:
+        r"""What the network says, read as :math:`\hat\epsilon`: no weights from here on."""
+        gamma = gamma[:, None, None, None]
         alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)  # alpha^2 = sigmoid(-gamma)
         alpha, sigma = jnp.sqrt(alpha2), jnp.sqrt(sigma2)
         total = alpha2 * PIXEL_VARIANCE + sigma2

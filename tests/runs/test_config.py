@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -143,6 +144,33 @@ def test_a_missing_setting_is_refused(path: Path) -> None:
     del inner[path[-1]]
     with pytest.raises(RunError, match=path[-1]):
         config_.from_json(record)
+
+
+@pytest.mark.parametrize("name", ["demo", "linear-start", "pixel"])
+def test_a_setting_that_an_earlier_version_did_not_have_has_its_default_and_no_part_in_the_fingerprint(
+    name: str,
+) -> None:
+    config = preset(name, **{setting: getattr(VDMConfig(), setting) for setting in config_.LATER if setting != "crop"})
+    record = config_.to_json(config)
+    for setting in config_.LATER:
+        del record["training" if setting == "crop" else "model"][setting]
+    assert config_.from_json(record) == config
+    numbers = config_.flat(config)
+    for setting in config_.LATER + config_.FREE_ON_RESUME:
+        del numbers[setting]
+    of_earlier = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+    assert config_.fingerprint(config) == of_earlier
+
+
+@pytest.mark.parametrize(("name", "of_0_2_0"), [("demo", "298d9b5215fccbff"), ("linear-start", "2928d4ce65f212d7")])
+def test_checkpoints_of_version_0_2_0_can_be_resumed(name: str, of_0_2_0: str) -> None:
+    assert config_.fingerprint(preset(name)) == of_0_2_0
+
+
+def test_a_later_setting_that_differs_from_its_default_counts() -> None:
+    config = preset("pixel")
+    changed = [config_.change(config, **{name: value}) for name, value in {"width": 40, "crop": 16}.items()]
+    assert len({config_.fingerprint(one) for one in [config, *changed]}) == 3
 
 
 @pytest.mark.parametrize("record", [None, [], "demo", 3])
