@@ -1,10 +1,10 @@
-"""Audits of the samples of trained runs against real held-out images: book/results/quality.json.
+"""Audits of the samples of trained runs against real held-out images: book/results/quality.json, or another name.
 
-    python book/experiments/quality.py RUN [RUN ...] --data-dir DIR
+    python book/experiments/quality.py RUN [RUN ...] --data-dir DIR [--ema] [--name NAME]
 
-For each run: samples with T = 250, the held-out (test) images through encoder and decoder, samples of the
-linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size: that of the smaller
-split, and at most 256.
+For each run: samples with T = 250, the held-out (test) images through encoder and decoder where there are such, samples
+of the linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size: that of the
+smaller split, and at most 256.
 
 * `audits`: what `medvdm audit` prints, one row per run and set;
 * `spectra`: mean radial power of each set at each scale, in bins of equal width in log k;
@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data-dir", help="the folder of the NIH images")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--name", default="quality", help="of the record")
     return parser
 
 
@@ -102,7 +104,7 @@ def main() -> None:
     start = time.perf_counter()
     tables: dict[str, Rows] = {"audits": [], "spectra": [], "grays": [], "nearest": []}
     for path in options.runs:
-        run = load(path)
+        run = load(path, ema=options.ema)
         nih = run.config.data.data == "nih"
         data = load_data(run, data_dir=options.data_dir if nih else None)
         train = data.indices("train")
@@ -130,7 +132,7 @@ def main() -> None:
         tables["spectra"] += spectra(path.name, sets)
         tables["grays"] += grays(path.name, sets)
         tables["nearest"] += nearest_rows(path.name, sets, images, patients, space)
-    record.experiment("quality", config=run.config, seconds=time.perf_counter() - start, results=tables)
+    record.experiment(options.name, config=run.config, seconds=time.perf_counter() - start, results=tables)
 
 
 if __name__ == "__main__":
