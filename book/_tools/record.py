@@ -26,6 +26,7 @@ from medvdm import data as data_
 from medvdm.cli import options
 from medvdm.cli.parsing import parse
 from medvdm.data import ImageData
+from medvdm.models import vdm
 from medvdm.runs import config as config_
 from medvdm.runs import presets, store
 from medvdm.runs.config import RunConfig
@@ -164,7 +165,10 @@ def train(config: RunConfig, images: ImageData, steps: int | None = None) -> tup
     config = fill_in(config, images)
     state = first_state(config, images, Layout(1))
     step = jit_step(config.model, config.training)
-    batches = batches_.training_batches(images, batch_size=config.training.batch_size, seed=config.training.seed)
+    integers = vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
+    batches = batches_.training_batches(
+        images, batch_size=config.training.batch_size, seed=config.training.seed, integers=integers
+    )
     losses = []
     for _ in range(steps or config.training.steps):
         x, labels = next(batches)
@@ -175,7 +179,9 @@ def train(config: RunConfig, images: ImageData, steps: int | None = None) -> tup
 
 def phantom_curve(config: RunConfig) -> dict[str, Any]:
     """The bound of the first 20 training steps with these settings on the phantom, bits per dimension."""
-    config = config_.change(config, **PHANTOM, batch_size=min(config.training.batch_size, 8))
+    config = config_.change(
+        config, **PHANTOM, batch_size=min(config.training.batch_size, 8), crop=min(config.training.crop, 16)
+    )
     _, _, losses = train(config, data_.load(config.data), STEPS)
     return {
         "image_size": PHANTOM["image_size"],

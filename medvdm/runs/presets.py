@@ -66,7 +66,7 @@ def _presets() -> dict[str, RunConfig]:
                 reduce=4,
             ),
             training=TrainConfig(
-                steps=20_000,
+                steps=12_000,
                 batch_size=4,
                 crop=64,
                 learning_rate=3e-3,
