@@ -50,7 +50,7 @@ from medvdm.theory import bound, gaussian
 from medvdm.training.batches import training_batches
 from medvdm.training.step import TrainState, jit_step, new_state
 
-STEPS, TURNS, CHUNK, DRAWS, FINAL_DRAWS = 2000, 20, 10, 8, 32
+STEPS, TURNS, CHUNK, DRAWS, FINAL_DRAWS = 1500, 20, 10, 8, 32
 FIRST = "pixel"
 PLAIN = {"architecture": "plain-unet", "batch_size": 32, "learning_rate": 2e-3, "clip_norm": 0.0}
 BESIDE: dict[str, dict[str, Any]] = {
@@ -65,12 +65,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "Fourier features instead": {"details": "fourier"},
     "attention at the coarser scale": {"attention": True},
     "three scales": {"scales": 3},
-    "one block a scale": {"blocks": 1},
     "cells of 1 pixel, width 24": {"patch": 1, "width": 24, "scales": 3},
-    "cells of 4 x 4 pixels": {"patch": 4, "scales": 1, "blocks": 4, "width": 96},
-    "width 32": {"width": 32},
-    "width 96": {"width": 96},
-    "batch 4": {"batch_size": 4},
+    "twice the width": {"width": 96},
     "batch 32": {"batch_size": 32},
     "times drawn one by one": {"stratified_times": False},
     "ends learned by the bound": {"schedule": "monotonic", "learn_ends": True},
