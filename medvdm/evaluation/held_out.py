@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 class Terms(NamedTuple):
-    """Independent draws of the bound's terms, in nats per image.
+    """Draws of the bound's terms, in nats per image; the times of an image's draws are spread evenly.
 
     Attributes:
         reconstruction, diffusion, prior: (draws, n) float64.
@@ -65,6 +65,20 @@ class Terms(NamedTuple):
     def total(self) -> np.ndarray:
         """(draws, n): the negative bound."""
         return self.reconstruction + self.diffusion + self.prior
+
+    @property
+    def stderr(self) -> np.ndarray:
+        r"""(n,) standard error of each image's mean over its D draws; NaN for one draw.
+
+        .. math:: \sqrt{\frac{1}{2 D (D - 1)} \sum_{d=1}^{D-1} (\ell_d - \ell_{d-1})^2}
+
+        from draws that follow one another in time: what changes slowly with time is no error of a mean over times that
+        are spread evenly. With few draws it errs on the large side, since the loss changes from one to the next.
+        """
+        draws = len(self.reconstruction)
+        if draws < 2:
+            return np.full(self.reconstruction.shape[1], math.nan)
+        return np.sqrt((np.diff(self.total, axis=0) ** 2).sum(axis=0) / (2 * draws * (draws - 1)))
 
 
 class ImageResults(NamedTuple):
@@ -94,8 +108,10 @@ class ImageResults(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def _bound(params: vdm.Params, x: Array, labels: Array | None, key: Array, *, graph: nnx.GraphDef) -> tuple[Array, ...]:
-    terms = cascade.terms(vdm.merge(graph, params), x, labels, key=key)
+def _bound(
+    params: vdm.Params, x: Array, labels: Array | None, key: Array, times: Array, *, graph: nnx.GraphDef
+) -> tuple[Array, ...]:
+    terms = cascade.terms(vdm.merge(graph, params), x, labels, key=key, times=times)
     return terms.reconstruction, terms.diffusion, terms.prior
 
 
@@ -115,8 +131,10 @@ def bound_terms(
     draws: int,
     key: jax.Array,
 ) -> Terms:
-    """Independent draws of the terms of each image."""
-    drawn = [_bound(params, x, labels, jax.random.fold_in(key, d), graph=graph) for d in range(draws)]
+    """Draws of the terms of each image, at times that are spread evenly (:func:`medvdm.theory.bound.spread_times`)."""
+    key_times, key_noise = jax.random.split(key)
+    times = np.asarray(bound.spread_times(key_times, len(x), draws))
+    drawn = [_bound(params, x, labels, jax.random.fold_in(key_noise, d), times[d], graph=graph) for d in range(draws)]
     return Terms(*(np.stack(one).astype(np.float64) for one in zip(*jax.device_get(drawn), strict=True)))
 
 
@@ -234,7 +252,7 @@ def evaluate_weights(
         baselines: fitted on the model's own training images; their entries are None without it.
         gaussian: the same of the Gaussian of gray values, for an 8-bit likelihood.
         null: evaluate a conditional model without the labels.
-        draws: independent draws of time and noise per image, at least 2 for an error over them.
+        draws: of time and noise per image, the times spread evenly; at least 2 for an error over them.
         batch_size: images at a time.
         seed: of the draws.
         codecs: also code the images with lossless codecs, for an 8-bit likelihood.
@@ -347,7 +365,7 @@ def summary(
         **{name: bpd(mean(term)) for name, term in zip(TERMS, terms, strict=True)},
         "vlb_bpd": bpd(vlb),
         "vlb_bpd_stderr": bpd(clustered_stderr(per_image, patients)),
-        "vlb_bpd_stderr_noise": bpd(_stderr(totals.mean(axis=1))),
+        "vlb_bpd_stderr_noise": bpd(math.sqrt(float(np.sum(terms.stderr**2))) / n),
         "floor_bpd": bpd(floor),
         "excess_bpd": None if floor is None else bpd(vlb - floor),
         "vlb_nats_per_image": vlb,
@@ -378,10 +396,6 @@ def _codec_bits(
         result[f"{name}_bpd"] = None if nats is None else bpd(float(nats.mean()))
         result[f"{name}_bpd_stderr"] = None if nats is None else bpd(clustered_stderr(nats, patients))
     return result | {f"{name}_sheet_bpd": None for name in codecs_.CODECS}
-
-
-def _stderr(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def entropy(x: np.ndarray) -> np.ndarray:

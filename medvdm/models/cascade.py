@@ -91,11 +91,16 @@ def stages(model: Any, x: Num[Array, "n h w c"], *, crop: int = 0, key: PRNGKeyA
 
 
 def terms(
-    model: Any, x: Num[Array, "n h w c"], labels: Float[Array, "n k"] | None = None, *, key: PRNGKeyArray
+    model: Any,
+    x: Num[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None = None,
+    *,
+    key: PRNGKeyArray,
+    times: Float[Array, " n"] | None = None,
 ) -> bound.Bound:
     """:func:`medvdm.theory.bound.terms` of whole images, the sum over the stages; nats per image."""
     every = [
-        bound.terms(stage.model, stage.images, labels, key=stage_key(key, i))
+        bound.terms(stage.model, stage.images, labels, key=stage_key(key, i), times=times)
         for i, stage in enumerate(reversed(stages(model, x)))
     ]
     return bound.Bound(*(sum(term) for term in zip(*every, strict=True)))._replace(times=every[0].times)

@@ -25,10 +25,10 @@ class ImageBound:
 
     Attributes:
         nats: (n,) mean over the draws: an upper bound of -log p(x), up to ``stderr``.
-        stderr: (n,) its standard error, from the spread of the draws.
+        stderr: (n,) its standard error, from draws that follow one another in time.
         reconstruction, diffusion, prior: (n,) its three terms.
         floor: (n,) entropy of the pixels, below which no Bernoulli model can go; None for a model of gray values.
-        draws: independent draws of time and noise per image.
+        draws: of time and noise per image.
         image_shape: (height, width, channels).
     """
 
@@ -75,11 +75,13 @@ def bound(
     r"""The negative bound of given images, each with its standard error.
 
     .. math:: \frac1S \sum_{s=1}^S \ell_s \quad\text{with the error}\quad
-        \sqrt{\frac{1}{S (S - 1)} \sum_s (\ell_s - \bar\ell)^2},
+        \sqrt{\frac{1}{2 S (S - 1)} \sum_{s=2}^S (\ell_s - \ell_{s-1})^2},
 
     where :math:`\ell_s` is reconstruction + diffusion + prior loss of the image by one draw of time and noise, and S
-    the number of ``draws``. The error falls as one over the root of ``draws``. The mean over the images of a split is
-    that of :func:`evaluate` with the same ``draws``, ``batch_size`` and ``seed``.
+    the number of ``draws``. The s-th time lies in the s-th part of the interval, so that what changes slowly with time
+    is no error: the error falls as one over the root of ``draws``, at first faster, and is stated too large where they
+    are few. The mean over the images of a split is that of :func:`evaluate` with the same ``draws``, ``batch_size`` and
+    ``seed``.
 
     Args:
         run: from :func:`load`.
@@ -87,7 +89,7 @@ def bound(
             likelihood takes uint8 only: :func:`medvdm.images.to_levels` rounds images in [0, 1].
         labels: for a conditional run, (n,) integers, positions in ``run.class_names``, or (n, k) of 0 and 1; the null,
             'no label given', if None.
-        draws: independent draws of time and noise per image, at least 2.
+        draws: of time and noise per image, the times spread evenly; at least 2.
         batch_size: images at a time.
         seed: of the draws.
 
@@ -115,10 +117,9 @@ def bound(
         seed=seed,
     )
     terms, floor = found
-    totals = terms.total
     return ImageBound(
-        nats=totals.mean(axis=0),
-        stderr=totals.std(axis=0, ddof=1) / np.sqrt(draws),
+        nats=terms.total.mean(axis=0),
+        stderr=terms.stderr,
         **{name: term.mean(axis=0) for name, term in terms._asdict().items()},
         floor=floor,
         draws=draws,

@@ -80,7 +80,7 @@ class EvaluateConfig:
     null: bool = False
     """Evaluate a conditional model without the labels."""
     draws: int = 8
-    """Independent draws of time and noise per image; the standard error needs at least 2."""
+    """Draws of time and noise per image, the times spread evenly; the standard error needs at least 2."""
     batch_size: int = 32
     """Images at a time; the noise depends on it, the result's law does not."""
     seed: int = 0

@@ -437,14 +437,18 @@ def test_the_evaluation_of_a_cascade_is_the_sum_of_both_stages(trained):
     x, labels, key = jnp.asarray(gray(2, 16, 16, 1)), jnp.eye(2), jax.random.key(0)
 
     @jax.jit
-    def both(params, key):
-        first, second = cascade.stages(vdm.merge(run.graph, params), x)
+    def both(params, key, times):
+        stages = cascade.stages(vdm.merge(run.graph, params), x)
         keys = (jax.random.fold_in(key, 1), key)
-        return [bound.terms(s.model, s.images, labels, key=k).total for s, k in zip((first, second), keys, strict=True)]
+        return [
+            bound.terms(s.model, s.images, labels, key=k, times=times).total for s, k in zip(stages, keys, strict=True)
+        ]
 
     terms = bound_terms(run.graph, run.params, x, labels, draws=2, key=key)
+    key_times, key_noise = jax.random.split(key)
+    times = bound.spread_times(key_times, 2, 2)
     for draw, total in enumerate(terms.total):
-        first, second = both(run.params, jax.random.fold_in(key, draw))
+        first, second = both(run.params, jax.random.fold_in(key_noise, draw), times[draw])
         assert min(first.min(), second.min()) > 0
         np.testing.assert_allclose(total, first + second, rtol=1e-4)
 

@@ -57,6 +57,24 @@ def test_stratified_times_are_n_in_the_unit_interval_one_a_stratum(n):
         np.testing.assert_allclose(np.diff(np.sort(times)), 1 / n, atol=1e-6)  # one offset, evenly spread
 
 
+@pytest.mark.parametrize(("n", "draws"), [(1, 1), (1, 8), (5, 3), (32, 8)])
+def test_spread_times_are_even_for_each_image_and_for_all(n, draws):
+    times = np.asarray(bound.spread_times(KEY, n, draws))
+    assert times.shape == (draws, n)
+    np.testing.assert_array_equal(np.floor(times * draws), np.broadcast_to(np.arange(draws)[:, None], (draws, n)))
+    np.testing.assert_allclose(np.diff(np.sort(times.ravel())), 1 / (n * draws), atol=1e-6)
+
+
+def test_the_mean_over_spread_times_is_unbiased_and_varies_less():
+    keys = jax.random.split(KEY, 2000)
+    spread = np.asarray(jax.vmap(lambda k: jnp.mean(jnp.exp(4 * bound.spread_times(k, 1, 8))))(keys))
+    alone = np.asarray(jax.vmap(lambda k: jnp.mean(jnp.exp(4 * jax.random.uniform(k, (8,)))))(keys))
+    for found in (spread, alone):
+        mean, error = mean_and_error(found)
+        near(mean, math.expm1(4.0) / 4, error)
+    assert spread.std() < 0.2 * alone.std()
+
+
 def test_each_stratified_time_is_uniform_on_its_own():
     n, draws = 5, 4000
     times = np.asarray(jax.vmap(lambda k: bound.sample_times(k, n))(jax.random.split(KEY, draws)))
