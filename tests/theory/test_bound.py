@@ -72,7 +72,7 @@ def test_the_mean_over_spread_times_is_unbiased_and_varies_less():
     for found in (spread, alone):
         mean, error = mean_and_error(found)
         near(mean, math.expm1(4.0) / 4, error)
-    assert spread.std() < 0.2 * alone.std()
+    assert spread.std() < 0.5 * alone.std()
 
 
 def test_each_stratified_time_is_uniform_on_its_own():
