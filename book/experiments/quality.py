@@ -1,10 +1,10 @@
 """Audits of the samples of trained runs against real held-out images: book/results/quality.json, or another name.
 
-    python book/experiments/quality.py RUN [RUN ...] --data-dir DIR [--ema] [--name NAME]
+    python book/experiments/quality.py RUN [RUN ...] --data-dir DIR [--ema] [--num N] [--steps T] [--name NAME]
 
-For each run: samples with T = 250, the held-out (test) images through encoder and decoder where there are such, samples
+For each run: samples with T = 250 or as asked, the held-out (test) images through encoder and decoder where there are such, samples
 of the linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size: that of the
-smaller split, and at most 256.
+smaller split, and at most 256 or as asked.
 
 * `audits`: what `medvdm audit` prints, one row per run and set;
 * `spectra`: mean radial power of each set at each scale, in bins of equal width in log k;
@@ -32,7 +32,7 @@ from medvdm.runs.run import load, load_data
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record  # noqa: E402
 
-NUM, T, SEED = 256, 250, 0
+SEED = 0
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95)
 Rows = list[dict[str, Any]]
 
@@ -95,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data-dir", help="the folder of the NIH images")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--num", type=int, default=256, help="images of each set, at most")
+    parser.add_argument("--steps", type=int, default=250, help="of the samples, T")
     parser.add_argument("--name", default="quality", help="of the record")
     return parser
 
@@ -110,7 +112,7 @@ def main() -> None:
         train = data.indices("train")
         images, patients = data.read(train), data.patients[train]
         space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
-        sets = audit_sets(run, data, num=NUM, steps=T, seed=SEED)
+        sets = audit_sets(run, data, num=options.num, steps=options.steps, seed=SEED)
         say(path.name, "drawn")
         held_out, who = sets["held_out"]
         for kind, (x, groups) in sets.items():
