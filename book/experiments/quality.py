@@ -2,9 +2,9 @@
 
     python book/experiments/quality.py RUN [RUN ...] --data-dir DIR [--ema] [--num N] [--steps T] [--name NAME]
 
-For each run: samples with T = 250 or as asked, the held-out (test) images through encoder and decoder where there are such, samples
-of the linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size: that of the
-smaller split, and at most 256 or as asked.
+For each run: samples (T = 250, or as asked), the held-out (test) images through encoder and decoder where there are
+such, samples of the linear-Gaussian VDM, and images of the other held-out split as a yardstick. All sets have one size:
+that of the smaller split, and at most 256, or as asked.
 
 * `audits`: what `medvdm audit` prints, one row per run and set;
 * `spectra`: mean radial power of each set at each scale, in bins of equal width in log k;
