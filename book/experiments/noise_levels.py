@@ -27,7 +27,7 @@ from medvdm.models.likelihoods import level_values
 from medvdm.runs.run import Run, load, load_data
 from medvdm.theory import gaussian
 
-LEVELS, IMAGES, SEED = 37, 32, 0
+LEVELS, IMAGES, SEED = 37, 16, 0
 
 
 def levels_of(run: Run) -> np.ndarray:
