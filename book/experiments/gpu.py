@@ -95,7 +95,7 @@ def main() -> None:
     curve = [{k: v for k, v in look.items() if isinstance(v, int | float) and np.isfinite(v)} for look in looks]
     record.experiment(
         "gpu",
-        config=change(asked, data_dir=None),
+        config=asked,
         seconds=time.perf_counter() - begin,
         results={"steps": rows, "training": trained, "validation": curve, "evaluation": table},
     )
