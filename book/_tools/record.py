@@ -26,7 +26,6 @@ from medvdm import data as data_
 from medvdm.cli import options
 from medvdm.cli.parsing import parse
 from medvdm.data import ImageData
-from medvdm.models import vdm
 from medvdm.runs import config as config_
 from medvdm.runs import presets, store
 from medvdm.runs.config import RunConfig
@@ -165,7 +164,7 @@ def train(config: RunConfig, images: ImageData, steps: int | None = None) -> tup
     config = fill_in(config, images)
     state = first_state(config, images, Layout(1))
     step = jit_step(config.model, config.training)
-    integers = vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
+    integers = config.model.integers
     batches = batches_.training_batches(
         images, batch_size=config.training.batch_size, seed=config.training.seed, integers=integers
     )

@@ -26,7 +26,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record  # noqa: E402
 from medvdm import data
-from medvdm.models import vdm
 from medvdm.runs.config import RunConfig, change
 from medvdm.runs.fit import fill_in
 from medvdm.runs.store import EVALUATIONS, read_lines
@@ -42,7 +41,7 @@ def step_seconds(config: RunConfig, images: data.ImageData) -> float:
     """Median time of a training step, after the first ones, which compile."""
     config = fill_in(config, images)
     rows = images.indices("train")[: config.training.batch_size]
-    integers = vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
+    integers = config.model.integers
     x = jax.device_put(images.levels(rows) if integers else images.read(rows))
     state, step = new_state(config.model, config.training), jit_step(config.model, config.training)
     times = []

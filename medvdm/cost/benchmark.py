@@ -116,10 +116,11 @@ def prepare(config: RunConfig) -> Problem:
     """Phantoms for a config that the plain step can take; raises InputError for any other."""
     m, t = config.model, config.training
     plain = m.architecture in plain_.LOSSES and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
-    if not plain or m.reduce or m.dtype != "float32" or t.gradient_difference_weight or any(augmentations(t).values()):
+    weighted = t.gradient_difference_weight or t.noise_weight
+    if not plain or m.reduce or m.dtype != "float32" or weighted or any(augmentations(t).values()):
         raise InputError(
             "benchmark: the plain step has residual networks and single U-Nets (reduce 0), continuous time, "
-            "fixed-linear gamma, stratified times, float32 and no augmentation but crops only"
+            "fixed-linear gamma, stratified times, float32, no weights and no augmentation but crops only"
         )
     images = data_.load(
         data_.DataConfig(data="phantom", num_images=8 * t.batch_size, image_size=config.data.image_size)
@@ -128,12 +129,7 @@ def prepare(config: RunConfig) -> Problem:
     config = dataclasses.replace(config, model=dataclasses.replace(m, image_shape=images.image_shape, classes=classes))
     rows = np.resize(images.indices("train"), t.batch_size)
     labels = jnp.asarray(images.labels[rows], jnp.float32) if classes else None
-    return Problem(config, images, jnp.asarray((images.levels if _integers(config) else images.read)(rows)), labels)
-
-
-def _integers(config: RunConfig) -> bool:
-    """Whether images are 8-bit gray levels."""
-    return vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
+    return Problem(config, images, jnp.asarray((images.levels if config.model.integers else images.read)(rows)), labels)
 
 
 def first_losses(problem: Problem, library: _Stepper, plain: _Stepper) -> tuple[float, float]:
@@ -173,7 +169,7 @@ def loop_times(problem: Problem, library: _Stepper, repeats: int) -> tuple[np.nd
         problem.images,
         batch_size=min(batch_size, len(problem.images.indices("train"))),
         seed=0,
-        integers=_integers(problem.config),
+        integers=problem.config.model.integers,
     )
 
     def fed() -> None:

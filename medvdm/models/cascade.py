@@ -1,4 +1,4 @@
-r"""A large image in two stages: first a small copy of it, then the detail.
+r"""A large image in stages: first a small copy of it, then the detail.
 
 Let b = g(x) be the image reduced k times, each pixel the mean of k x k, rounded to a whole gray value. It is a function
 of x, so
@@ -8,7 +8,7 @@ of x, so
 and the bounds of the two models add up to a bound of the whole. The first model is an ordinary one of small images,
 which sees each of them as a whole. The second is given b, so all that it has to know lies near a pixel, and it can
 learn from crops. It may spread some of its probability on images whose reduction is another: that makes its bits more
-than they need to be, never fewer.
+than they need to be, never fewer. Where there are more stages than two, the copy has a copy of its own.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Stage(NamedTuple):
 
 
 def stages(model: Any, x: Num[Array, "n h w c"], *, crop: int = 0, key: PRNGKeyArray | None = None) -> list[Stage]:
-    """The models whose bounds add up to that of images x, with the images of each; one stage where there is no base.
+    """The models whose bounds add up to that of images x, with the images of each, the smallest copy first.
 
     Args:
         model: a :class:`medvdm.models.vdm.VDM`.
@@ -87,7 +87,25 @@ def stages(model: Any, x: Num[Array, "n h w c"], *, crop: int = 0, key: PRNGKeyA
     shown = enlarged(level_values(b), k)
     if crop:
         x, shown = cut(key, [x, shown], crop, k)
-    return [Stage(model.base, b, whole), Stage(Given(model, shown), x, x[0].size)]
+    smaller = [stage._replace(pixels=whole) for stage in stages(model.base, b)]
+    return [*smaller, Stage(Given(model, shown), x, x[0].size)]
+
+
+def stage_terms(
+    parts: list[Stage], labels: Float[Array, "n k"] | None = None, *, key: PRNGKeyArray, **settings: Any
+) -> list[bound.Bound]:
+    """:func:`medvdm.theory.bound.terms` of each stage. The last has the key as it is, as a model without a base has."""
+    last = len(parts) - 1
+    return [
+        bound.terms(
+            part.model,
+            part.images,
+            labels,
+            key=key if i == last else jax.random.fold_in(key, last - i),
+            **settings,
+        )
+        for i, part in enumerate(parts)
+    ]
 
 
 def terms(
@@ -99,16 +117,8 @@ def terms(
     times: Float[Array, " n"] | None = None,
 ) -> bound.Bound:
     """:func:`medvdm.theory.bound.terms` of whole images, the sum over the stages; nats per image."""
-    every = [
-        bound.terms(stage.model, stage.images, labels, key=stage_key(key, i), times=times)
-        for i, stage in enumerate(reversed(stages(model, x)))
-    ]
-    return bound.Bound(*(sum(term) for term in zip(*every, strict=True)))._replace(times=every[0].times)
-
-
-def stage_key(key: PRNGKeyArray, i: int) -> PRNGKeyArray:
-    """The key of stage i, counted from the last: a model without a base has the key as it is."""
-    return jax.random.fold_in(key, i) if i else key
+    every = stage_terms(stages(model, x), labels, key=key, times=times)
+    return bound.Bound(*(sum(term) for term in zip(*every, strict=True)))._replace(times=every[-1].times)
 
 
 def cut(

@@ -11,7 +11,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
 from medvdm.errors import DivergedError, InputError
 from medvdm.models import cascade, vdm
@@ -204,35 +204,36 @@ def _generate(
     num_states: int,
 ) -> tuple[Float[Array, "k n *latent"], Float[Array, "k n h w c"], Float[Array, " k"]]:
     model = vdm.merge(graph, params)
-    latent_shape = model.latent_shape
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(samples)
-    if model.config.reduce:
-        model = cascade.given(model, _reduced(model.base, keys, labels, steps, guidance, guided))
-    if z is None:  # steps are numbered from 1, so 0 is free for the start
-        z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), latent_shape))(keys)
-    label = model.embed(labels, n=1)
-    null = model.embed(None, n=1) if guided else None
-    latents = chain(
-        model, z, label, null, keys=keys, steps=steps, first=first, guidance=guidance, num_states=num_states
-    )
+    drawn = partial(_drawn, labels=labels, steps=steps, guidance=guidance, guided=guided)
+    latents = drawn(model, keys, z=z, first=first, num_states=num_states)
     times = (first - segment_ends(first, num_states)[1:]) / steps  # the last is exactly 0
     scale = gaussian.align(gaussian.alpha(model.gamma(times)), latents)
     states = jax.lax.map(lambda latent: model.picture(model.decode(latent)), latents / scale)
     return latents, states, times
 
 
-def _reduced(
-    base: vdm.VDM,
+def _drawn(
+    model: vdm.VDM,
     keys: Key[Array, " n"],
+    *,
     labels: Float[Array, "m classes"] | None,
     steps: Array | int,
     guidance: Array | float,
     guided: bool,
-) -> UInt8[Array, "n h w c"]:
-    """The reduced copies that the samples of a cascade begin with, all the way down from noise of their own."""
-    keys = jax.vmap(lambda k: jax.random.fold_in(k, MAX_STEPS + 1))(keys)  # no step has this number
-    z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), base.latent_shape))(keys)
-    label, null = base.embed(labels, n=1), base.embed(None, n=1) if guided else None
-    z_0 = chain(base, z, label, null, keys=keys, steps=steps, first=steps, guidance=guidance)[-1]
-    picture = base.picture(base.decode(z_0 / gaussian.alpha(base.gamma(jnp.zeros(())))))
-    return jnp.round(255.0 * picture).astype(jnp.uint8)
+    z: Float[Array, "n *latent"] | None = None,
+    first: Array | int,
+    num_states: int = 1,
+) -> Float[Array, "k n *latent"]:
+    """The latents of a chain; of a cascade, those of its last stage, after chains for the copies that it is given."""
+    latent_shape, chained = model.latent_shape, model
+    if model.config.reduce:
+        own = jax.vmap(lambda k: jax.random.fold_in(k, MAX_STEPS + 1))(keys)  # no step has this number
+        shared = {"labels": labels, "steps": steps, "guidance": guidance, "guided": guided}
+        z_0 = _drawn(model.base, own, first=steps, **shared)[-1]
+        picture = model.base.picture(model.base.decode(z_0 / gaussian.alpha(model.base.gamma(jnp.zeros(())))))
+        chained = cascade.given(model, jnp.round(255.0 * picture).astype(jnp.uint8))
+    if z is None:  # steps are numbered from 1, so 0 is free for the start
+        z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), latent_shape))(keys)
+    label, null = model.embed(labels, n=1), model.embed(None, n=1) if guided else None
+    return chain(chained, z, label, null, keys=keys, steps=steps, first=first, guidance=guidance, num_states=num_states)

@@ -79,14 +79,17 @@ class VDMConfig:
     details: Literal["contrast", "fourier", "none"] = "contrast"
     """What a U-Net is given beside z: amplified differences from the surroundings, Fourier features, or nothing."""
     attention: bool = False
-    """Whether a U-Net attends over all places of its coarsest scale; with ``reduce``, that of the reduced copy does."""
+    """Whether a U-Net attends over all places of its coarsest scale; with ``reduce``, of the smallest copy."""
     rounding: bool = True
     """Whether a U-Net's answer knows that gray values are whole numbers."""
     reduce: int = 0
     """How many times smaller the sides of a copy are that a U-Net of its own models first (medvdm.models.cascade);
     the U-Net of the whole image is then given that copy. 0 has no such stage."""
     base_scales: int = 3
-    """Scales of the U-Net of the reduced copy, which is to see it as a whole."""
+    """Scales of the U-Net of the smallest copy, which is to see it as a whole."""
+    stages: int = 2
+    """With ``reduce``, how many U-Nets there are: 2 is one of a copy and one of the image; with 3 the copy has a copy
+    of its own, reduced as many times again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the arithmetic inside the networks; parameters and losses stay float32."""
 
@@ -128,6 +131,8 @@ class VDMConfig:
                     f"reduce: {self.reduce} with architecture '{self.architecture}', schedule '{self.schedule}', "
                     f"rounding {self.rounding}; expected 2 or more with 'unet', 'fixed-linear' and True"
                 )
+        if self.stages < 2:
+            raise InputError(f"stages: {self.stages}; expected 2 or more (without copies, reduce is 0)")
         if self.schedule not in schedules.KINDS:
             raise InputError(f"schedule: '{self.schedule}'; {nearest(self.schedule, schedules.KINDS)}")
         if self.learn_ends and self.schedule != "monotonic":
@@ -143,14 +148,25 @@ class VDMConfig:
         height, width, channels = self.image_shape
         if height % self.reduce or width % self.reduce:
             raise InputError(f"image_shape: {self.image_shape}; expected sides that are multiples of {self.reduce}")
-        least = self.reduce * least_side(self.base_scales, self.patch)
+        smallest = self.stages == 2
+        scales = self.base_scales if smallest else self.scales
+        least = self.reduce * least_side(scales, self.patch)
         if min(height, width) < least:
             raise InputError(
                 f"image_shape: {self.image_shape}; expected sides of at least {least} for a copy reduced "
-                f"{self.reduce} times and its U-Net of {self.base_scales} scales"
+                f"{self.reduce} times and its U-Net of {scales} scales"
             )
         shape = (height // self.reduce, width // self.reduce, channels)
-        return replace(self, image_shape=shape, scales=self.base_scales, reduce=0)
+        if smallest:
+            return replace(self, image_shape=shape, scales=scales, reduce=0)
+        copy = replace(self, image_shape=shape, stages=self.stages - 1)
+        copy.base()  # refuses sides that cannot be reduced once more
+        return copy
+
+    @property
+    def integers(self) -> bool:
+        """Whether images are uint8 gray values, or float in [0, 1]."""
+        return ARCHITECTURES[self.architecture].likelihood.integers
 
     @property
     def dimensions(self) -> int:

@@ -186,7 +186,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 #: was done before and never changes; at its default a setting is no part of a fingerprint either.
 LATER = (
     *("width", "scales", "blocks", "patch", "details", "attention", "rounding", "reduce", "base_scales"),  # 0.3.0
-    "crop",  # 0.3.0
+    *("crop", "stages", "noise_weight"),  # 0.3.0
 )
 
 #: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.

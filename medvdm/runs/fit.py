@@ -242,7 +242,7 @@ def _check_room(out: Path, config: RunConfig) -> None:
 def _notes(config: RunConfig, data: ImageData) -> list[str]:
     """What a reader of the log and of the model card should know of this run, beside the notes on its data."""
     training = config.training
-    notes = list(data.level_use().notes) if _integers(config) else []
+    notes = list(data.level_use().notes) if config.model.integers else []
     if training.steps < training.warmup_steps:
         most = max(float(learning_rate(training)(k)) for k in range(training.steps))
         notes.append(
@@ -258,11 +258,6 @@ def _notes(config: RunConfig, data: ImageData) -> list[str]:
         if lacking := [name for name in data.class_names if name not in trained]:
             notes.append(f"no training image carries {', '.join(lacking)}: not trained, so it cannot be used")
     return notes
-
-
-def _integers(config: RunConfig) -> bool:
-    """Whether the model takes whole gray values, or images in [0, 1]."""
-    return vdm.ARCHITECTURES[config.model.architecture].likelihood.integers
 
 
 def _trained_classes(config: RunConfig, data: ImageData) -> list[str]:
@@ -331,7 +326,7 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
         record = {
             "version": version(),
             "config": config_.to_json(config),
-            "data": data_record(data, integers=_integers(config)),
+            "data": data_record(data, integers=config.model.integers),
             "environment": environment(),
             "trained_classes": _trained_classes(config, data),
             "notes": notes,
@@ -347,7 +342,7 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
 
 def _has_gaussian(config: RunConfig, data: ImageData) -> bool:
     """Whether the Gaussian of gray values is fitted: for a model of them, with images to choose its diagonal on."""
-    return _integers(config) and bool(np.any(data.splits == "val"))
+    return config.model.integers and bool(np.any(data.splits == "val"))
 
 
 def _gaussian(data: ImageData) -> gaussian_images.GaussianImages:
@@ -473,7 +468,7 @@ def _train(
             seed=settings.seed,
             start=start,
             rows=layout.rows(settings.batch_size),
-            integers=_integers(config),
+            integers=config.model.integers,
         )
         on_devices = (
             (layout.put(images), layout.put(labels) if config.model.classes else None) for images, labels in batches

@@ -70,7 +70,7 @@ class Run:
     @property
     def eight_bit(self) -> bool:
         """Whether the model's images are gray values from 0 to 255, with a law over all 256, or lie in [0, 1]."""
-        return vdm.ARCHITECTURES[self.config.model.architecture].likelihood.integers
+        return self.config.model.integers
 
     @property
     def name(self) -> str:

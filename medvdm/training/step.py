@@ -66,6 +66,10 @@ class TrainConfig:
     """Fraction of labels replaced by the null during training (conditional models only)."""
     gradient_difference_weight: float = 0.0
     """Weight of the paper's image-gradient-difference term, in nats per unit of squared gray difference."""
+    noise_weight: float = 0.0
+    r"""w of the weight :math:`1 + w \sigma_t^2` on the diffusion loss in training: more for the noisy times, which
+    decide about the whole of an image and cost few bits. Rising with the noise as it does, it makes the loss a mean of
+    bounds of the images with noise added (Kingma & Gao, 2023); the bound that is reported is that of the images."""
     augment_shift: float = 0.0
     """Standard deviation of random shifts of the training images, as a fraction of their side; 0 is off."""
     augment_size: float = 0.0
@@ -116,13 +120,18 @@ def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
             raise InputError(f"crop: {config.crop}; expected at least {least}, the smallest side that the U-Net takes")
         if model.reduce and config.crop % model.reduce:
             raise InputError(f"crop: {config.crop}; expected a multiple of reduce, {model.reduce}")
-    if vdm.ARCHITECTURES[model.architecture].likelihood.integers:
+    if model.integers:
         for name in ("augment_size", "augment_exposure", "gradient_difference_weight"):
             if getattr(config, name):
                 raise InputError(
                     f"{name}: {getattr(config, name)} with architecture '{model.architecture}'; expected 0, since its "
                     "8-bit likelihood is of whole gray values"
                 )
+    if config.noise_weight and schedules.KINDS[model.schedule].learned:
+        raise InputError(
+            f"noise_weight: {config.noise_weight} with schedule '{model.schedule}'; expected 0, since a learned "
+            "schedule follows the bound"
+        )
     if config.schedule_objective == "variance" and (model.schedule != "monotonic" or model.timesteps):
         raise InputError(
             f"schedule_objective: 'variance' with schedule '{model.schedule}' and timesteps {model.timesteps}; "
@@ -247,19 +256,15 @@ def loss_fn(
     if model.config.classes:
         keep = 1.0 - jax.random.bernoulli(key_dropout, config.label_dropout, (images.shape[0],)).astype(jnp.float32)
     parts = cascade.stages(model, images, crop=config.crop, key=jax.random.fold_in(key, 3))
-    every = [
-        bound.terms(
-            part.model,
-            part.images,
-            labels,
-            key=cascade.stage_key(key_bound, len(parts) - 1 - i),
-            keep=keep,
-            stratified=config.stratified_times,
-            with_gradient_difference=config.gradient_difference_weight > 0,
-            probe=probe,
-        )
-        for i, part in enumerate(parts)
-    ]
+    every = cascade.stage_terms(
+        parts,
+        labels,
+        key=key_bound,
+        keep=keep,
+        stratified=config.stratified_times,
+        with_gradient_difference=config.gradient_difference_weight > 0,
+        probe=probe,
+    )
     terms = every[-1]
 
     def bpd(name: str) -> Float[Array, ""]:
@@ -269,6 +274,11 @@ def loss_fn(
     reconstruction, prior, diffusion = bpd("reconstruction"), bpd("prior"), bpd("diffusion")
     vlb = reconstruction + prior + diffusion
     loss = vlb + config.gradient_difference_weight * bpd("gradient_difference")
+    if config.noise_weight:
+        loss += config.noise_weight * sum(
+            bound.bits_per_dim(jnp.mean(jax.nn.sigmoid(part.model.gamma(one.times)) * one.diffusion), (part.pixels,))
+            for one, part in zip(every, parts, strict=True)
+        )
     return loss, (Metrics(reconstruction, diffusion, prior, vlb, loss), terms)
 
 

@@ -90,6 +90,7 @@ def test_other_than_gray_values_are_not_reduced(unchecked, dtype):
         ({"schedule": "fixed-cosine"}, "reduce: 2 with .*schedule 'fixed-cosine'"),
         ({"rounding": False}, "reduce: 2 with .*rounding False"),
         ({"base_scales": 0}, "base_scales: 0; expected at least 1"),
+        ({"stages": 1}, "stages: 1; expected 2 or more"),
     ],
 )
 def test_settings_that_a_cascade_does_not_have_are_refused(changes, says):
@@ -105,6 +106,8 @@ def test_settings_that_a_cascade_does_not_have_are_refused(changes, says):
         ((13, 16), {}, r"\(13, 16, 1\); expected sides that are multiples of 2"),
         ((12, 6), {}, r"\(12, 6, 1\); expected sides of at least 8 for a copy reduced 2 times and its U-Net of 2 "),
         ((12, 16), {"reduce": 4}, r"\(12, 16, 1\); expected sides of at least 16 for a copy reduced 4 times"),
+        ((12, 18), {"stages": 3}, r"\(6, 9, 1\); expected sides that are multiples of 2"),
+        ((12, 16), {"stages": 3}, r"\(6, 8, 1\); expected sides of at least 8 for a copy reduced 2 times"),
     ],
 )
 def test_images_that_cannot_be_reduced_are_refused_before_anything_is_written(shape, changes, says, tmp_path):
@@ -197,6 +200,7 @@ class Known(oracle.Identity):
     def __init__(self):
         super().__init__(FixedLinear(*GAMMAS))
         self.base = oracle.Levels(log_law(COPY_LAW), FixedLinear(*GAMMAS))
+        self.base.config = SimpleNamespace(reduce=0)
         self.picture = likelihoods.EIGHT_BIT.picture
 
     def encode(self, x):
@@ -238,7 +242,7 @@ def test_the_bounds_of_the_two_stages_are_their_entropies_and_add_up_to_that_of_
     @jax.jit
     def each(x):
         first, second = cascade.stages(model, x)
-        keys = (cascade.stage_key(key, 1), cascade.stage_key(key, 0))
+        keys = (jax.random.fold_in(key, 1), key)
         parts = [bound.terms(s.model, s.images, key=k) for s, k in zip((first, second), keys, strict=True)]
         return parts, cascade.terms(model, x, key=key)
 
@@ -311,6 +315,23 @@ def test_a_crop_and_its_copy_are_cut_at_the_same_place_and_the_first_stage_sees_
     whole = cascade.stages(model, x)
     np.testing.assert_array_equal(whole[1].images, x)
     assert [stage.pixels for stage in whole] == [12 * 16] * 2
+
+
+def test_the_copy_of_a_copy_comes_first_and_its_bits_are_counted_over_the_image():
+    config = vdm.VDMConfig(**MODEL | {"image_shape": (24, 16, 1), "stages": 3})
+    model = vdm.merge(vdm.graph_of(config), vdm.init(config, 0))
+    x, key = jnp.asarray(gray(5, 24, 16, 1)), jax.random.key(0)
+    first, second, third = parts = cascade.stages(model, x, crop=6, key=key)
+    assert first.model is model.base.base and second.model.model is model.base and third.model.model is model
+    assert (first.model.config.scales, model.base.config.scales) == (2, 1), "base_scales is that of the smallest"
+    copy = cascade.reduced(x, 2)
+    np.testing.assert_array_equal(first.images, cascade.reduced(copy, 2))
+    np.testing.assert_array_equal(second.images, copy)
+    np.testing.assert_array_equal(second.model.shown[:, ::2, ::2], likelihoods.level_values(first.images))
+    assert [part.pixels for part in parts] == [24 * 16, 24 * 16, 36]
+    keys = [jax.random.fold_in(key, 2), jax.random.fold_in(key, 1), key]
+    for part, found, own in zip(parts, cascade.stage_terms(parts, key=key), keys, strict=True):
+        np.testing.assert_array_equal(found.total, bound.terms(part.model, part.images, key=own).total)
 
 
 def test_the_copy_changes_the_answer_and_a_network_without_one_takes_none(networks):
@@ -498,6 +519,16 @@ def test_the_reduced_copy_of_a_sample_is_the_one_that_the_first_stage_drew_with_
     far = np.abs(np.asarray(copies, int) - b.astype(int))[~cut_off]
     assert b.shape == (4, 8, 8, 1) and b.std() > 10 and len(far) > 100
     assert far.max() <= 1, np.bincount(far)
+
+
+def test_a_chain_of_three_stages_is_trained_evaluated_and_drawn_from(tmp_path):
+    config = tiny.pixels(**SETTINGS | {"stages": 3, "base_scales": 1})
+    run = load(medvdm.fit(config, tmp_path / "run", progress=False).path)
+    assert run.model.base.base.config.image_shape == (4, 4, 1)
+    assert np.isfinite(medvdm.evaluate(run, split="val", draws=2, save=False)["vlb_bpd"])
+    images = medvdm.sample(run, 3, steps=4, seed=0).images
+    assert images.shape == (3, 16, 16, 1) and len(np.unique(images)) > 10
+    np.testing.assert_array_equal(medvdm.sample(run, 3, steps=4, seed=0).images, images)
 
 
 def test_a_cascade_begins_with_noise_of_its_own(trained):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,30 @@ PIXELS = vdm.VDMConfig(
 
 def gray_values(n=4, shape=(12, 10, 1)):
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (n, *shape)), jnp.uint8)
+
+
+def test_noisy_times_weigh_more_in_the_loss_and_no_more_in_the_bound():
+    """Of a cascade, at both stages, and each per pixel of its own."""
+    model = vdm.VDMConfig(**{**dataclasses.asdict(PIXELS), "image_shape": (12, 12, 1), "reduce": 2, "base_scales": 1})
+    params, x, key = vdm.init(model, 0), gray_values(shape=(12, 12, 1)), jax.random.key(1)
+
+    @partial(jax.jit, static_argnames="weight")
+    def found(params, weight):
+        network = vdm.merge(vdm.graph_of(model), params)
+        loss, (metrics, _) = loss_fn(network, TrainConfig(crop=6, noise_weight=weight), x, None, key)
+        parts = cascade.stages(network, x, crop=6, key=jax.random.fold_in(key, 3))
+        return loss, metrics, cascade.stage_terms(parts, None, key=jax.random.split(key)[0])
+
+    plain, before, terms = found(params, 0.0)
+    loss, metrics, _ = found(params, 3.0)
+    more = sum(
+        float(jnp.mean((1 / (1 + jnp.exp(13.0 - 18.0 * one.times))) * one.diffusion)) / pixels / np.log(2)
+        for one, pixels in zip(terms, (144, 36), strict=True)
+    )
+    assert float(loss) == pytest.approx(float(plain) + 3 * more, rel=1e-5) and more > 0.01
+    assert metrics.vlb_bpd == before.vlb_bpd == plain
+    with pytest.raises(InputError, match=r"^noise_weight: 3.0 with schedule 'monotonic'; expected 0"):
+        step_.check(vdm.VDMConfig(schedule="monotonic"), TrainConfig(noise_weight=3.0))
 
 
 @pytest.mark.parametrize("crop", [0, 6])
