@@ -2,7 +2,7 @@
 
     python book/experiments/noise_levels.py RUN [RUN ...] --data-dir DIR
 
-For each run and each of its stages (a cascade has two), on validation images: bits per pixel of the whole image and
+For each run and each of its stages (a cascade has several), on validation images: bits per pixel of the whole image and
 unit of gamma, M(gamma) / (2 D ln 2), at levels from one end of the schedule to the other, the mean over images and one
 draw of noise each, with the standard error over images. No image is written.
 """
@@ -67,7 +67,7 @@ def main() -> None:
         run = load(path, ema=True)
         data = load_data(run, data_dir=options.data_dir if run.config.data.data == "nih" else None)
         x = data.levels(data.indices("val")[:IMAGES])
-        for number in range(2 if run.config.model.reduce else 1):
+        for number in range(run.config.model.stages if run.config.model.reduce else 1):
             found = curve(run, x, number)
             error = found.std(axis=1, ddof=1) / math.sqrt(len(x))
             rows += [
