@@ -63,7 +63,7 @@ setup: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp
 	@rm -rf $(DEMO)
 	@echo "1/3 Training a small model on generated chest X-rays"
-	@$(BIN)/medvdm train --preset pixel-large --data phantom --image-size 64 --crop 32 --batch-size 8 --steps 1000 --out $(DEMO)
+	@$(BIN)/medvdm train --preset pixel-large --data phantom --stages 2 --image-size 64 --crop 32 --batch-size 8 --steps 1000 --out $(DEMO)
 	@echo "2/3 Drawing 16 synthetic X-rays"
 	@$(BIN)/medvdm sample $(DEMO) --ema --num 16 --steps 128 --out $(DEMO)/samples.png
 	@echo "3/3 Evaluating on test patients that the model has not seen"

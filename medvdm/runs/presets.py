@@ -53,7 +53,8 @@ def _presets() -> dict[str, RunConfig]:
                 steps=12_000, batch_size=8, learning_rate=3e-3, warmup_steps=100, clip_norm=1.0, ema_decay=0.999
             ),
         ),
-        # The same for large images: a reduced copy first, as a whole, and then the detail, which is learnt from crops.
+        # The same for large images: a copy of a copy first, then the copy, then the detail, which is learnt from crops.
+        # The weight is for samples: it gives them their anatomy and costs no bits.
         "pixel-large": RunConfig(
             preset="pixel-large",
             data=DataConfig(image_size=256),
@@ -64,11 +65,13 @@ def _presets() -> dict[str, RunConfig]:
                 embedding_dim=64,
                 width=48,
                 reduce=4,
+                stages=3,
             ),
             training=TrainConfig(
                 steps=12_000,
                 batch_size=4,
                 crop=64,
+                noise_weight=10.0,
                 learning_rate=3e-3,
                 warmup_steps=100,
                 clip_norm=1.0,

@@ -226,6 +226,8 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
             "rounding",
             "crop",
             "reduce",
+            "stages",
+            "noise_weight",
         ),
     }
     words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -258,9 +260,10 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_crop_and_cascade_reach_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("--preset", "pixel", "--crop", "40", "--reduce", "8", "--out", "x")
+    words = ("--preset", "pixel", "--crop", "40", "--reduce", "8", "--stages", "3", "--noise-weight", "2", "--out", "x")
     config, _ = caught_config(monkeypatch, *words)
-    assert config.training.crop == 40 and config.model.reduce == 8
+    assert (config.training.crop, config.training.noise_weight) == (40, 2.0)
+    assert (config.model.reduce, config.model.stages) == (8, 3)
 
 
 def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
