@@ -79,8 +79,9 @@ def sample(
         num: how many; as in ``config`` if None.
         config: the settings.
         z, first, num_states: see :func:`medvdm.models.generate.generate`.
-        changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``label`` (the name of a
-            class, or several names for images that carry all of them), ``guidance``, ``seed``, ``batch_size``.
+        changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``sampler``, ``eta``,
+            ``grid``, ``label`` (the name of a class, or several names for images that carry all of them),
+            ``guidance``, ``seed``, ``batch_size``.
 
     Raises:
         InputError: an unknown setting, a bad count or seed, an unknown label, or a label for an unconditional model.
@@ -185,6 +186,9 @@ def _batches(
         steps=config.steps,
         labels=findings.astype(np.float32) if config.label else None,
         guidance=config.guidance,
+        solver=config.sampler,
+        eta=config.eta,
+        grid=config.grid,
         seed=config.seed,
         batch_size=config.batch_size,
         numbers=numbers,
@@ -221,6 +225,9 @@ def _provenance(run: Run, config: SampleConfig, z: np.ndarray | None, first: int
     return run.provenance(
         seed=config.seed,
         steps=config.steps,
+        sampler=config.sampler,
+        eta=config.eta,
+        grid=config.grid,
         guidance=config.guidance,
         label=list(config.label),
         start=_start(z, first, config.steps),
