@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ def generate(
     solver: str = "ancestral",
     eta: float = 0.0,
     grid: str = "time",
-    z: np.ndarray | None = None,
+    z: np.ndarray | Sequence[np.ndarray] | None = None,
     first: int | None = None,
     num_states: int = 1,
     batch_size: int = 64,
@@ -68,8 +68,8 @@ def generate(
         solver: one of :data:`medvdm.theory.solvers.SOLVERS`.
         eta: of DDIM, 0 to 1: how much noise its steps add.
         grid: one of :data:`medvdm.theory.solvers.GRIDS`: where the times of the steps lie.
-        z: ``(num, *latent_shape)`` latents to start from instead of N(0, I), at t = ``first / steps``; not of a model
-            with ``reduce``, whose reduced copies begin with noise of their own.
+        z: ``(num, *latent_shape)`` latents to start from instead of N(0, I), at t = ``first / steps``; of a model with
+            ``reduce`` one such array per stage, the smallest copy's first, as from :mod:`medvdm.models.codes`.
         first: the step to start from; ``steps`` if None, and with ``reduce``.
         num_states: how many evenly spaced states to return.
         batch_size: samples drawn at once.
@@ -124,7 +124,7 @@ def batches(
     solver: str = "ancestral",
     eta: float = 0.0,
     grid: str = "time",
-    z: np.ndarray | None = None,
+    z: np.ndarray | Sequence[np.ndarray] | None = None,
     first: int | None = None,
     num_states: int = 1,
     batch_size: int = 64,
@@ -163,13 +163,12 @@ def batches(
         raise InputError(f"grid: '{grid}'; {nearest(grid, GRIDS)}")
     if labels is not None and labels.shape != (num, model.config.classes):
         raise InputError(f"labels: shape {labels.shape}; expected {(num, model.config.classes)}, multi-hot")
-    if model.config.reduce and (z is not None or first != steps):
+    if model.config.reduce and first != steps:
         raise InputError(
-            f"{'first' if z is None else 'z'}: given, with reduce {model.config.reduce}; expected none, since the "
-            "reduced copy of a sample begins with noise of its own"
+            f"first: given, with reduce {model.config.reduce}; expected none, since the copies of a sample are drawn "
+            "from their first step on"
         )
-    if z is not None and z.shape != (num, *model.latent_shape):
-        raise InputError(f"z: shape {z.shape}; expected {(num, *model.latent_shape)}")
+    starts = _starts(model, num, z)
 
     size = min(num, batch_size)
     one_row = labels is not None and (labels == labels[0]).all()  # which then serves all
@@ -186,7 +185,7 @@ def batches(
                 params,
                 seed,
                 place(samples),
-                None if z is None else place(np.asarray(z[rows], np.float32)),
+                None if starts is None else tuple(place(np.asarray(part[rows], np.float32)) for part in starts),
                 given,
                 steps,
                 first,
@@ -212,12 +211,27 @@ def batches(
     return map(draw, range(-(-num // size)) if numbers is None else numbers)
 
 
+def _starts(model: vdm.VDM, num: int, z: np.ndarray | Sequence[np.ndarray] | None) -> tuple[np.ndarray, ...] | None:
+    """The given starts, one per stage; raises InputError where they do not fit the model."""
+    if z is None:
+        return None
+    shapes, stage = [(num, *model.latent_shape)], model
+    while stage.config.reduce:
+        stage = stage.base
+        shapes.insert(0, (num, *stage.latent_shape))
+    starts = (z,) if isinstance(z, np.ndarray) else tuple(z)
+    if [part.shape for part in starts] != shapes:
+        found = ", ".join(str(part.shape) for part in starts)
+        raise InputError(f"z: shape {found}; expected {', '.join(map(str, shapes))}")
+    return starts
+
+
 @partial(jax.jit, static_argnames=("graph", "guided", "solver", "grid", "num_states"))
 def _generate(
     params: vdm.Params,
     seed: Array | int,
     samples: Int[Array, " n"],
-    z: Float[Array, "n *latent"] | None,
+    z: tuple[Array, ...] | None,
     labels: Float[Array, "m classes"] | None,
     steps: Array | int,
     first: Array | int,
@@ -261,7 +275,7 @@ def _drawn(
     keys: Key[Array, " n"],
     drawing: _Drawing,
     *,
-    z: Float[Array, "n *latent"] | None = None,
+    z: tuple[Array, ...] | None = None,
     first: Array | int,
     num_states: int = 1,
 ) -> tuple[Float[Array, "k n *latent"], Float[Array, " knots"] | None]:
@@ -269,17 +283,16 @@ def _drawn(
     own, shown = model, None
     if model.config.reduce:
         others = _folded(keys, MAX_STEPS + 1)  # no step has this number
-        latents, _ = _drawn(model.base, others, drawing, first=drawing.steps)
+        latents, _ = _drawn(model.base, others, drawing, z=z and z[:-1], first=drawing.steps)
         picture = model.base.picture(model.base.decode(latents[-1] / gaussian.alpha(model.base.gamma(jnp.zeros(())))))
         shown = jnp.round(255.0 * picture).astype(jnp.uint8)
         own = cascade.given(model, shown)
-    if z is None:
-        z = _first_latents(model, keys)
+    start = _first_latents(model, keys) if z is None else z[-1]
     table = _table(model, drawing)
     label, null = model.embed(drawing.labels, n=1), model.embed(None, n=1) if drawing.guided else None
     latents = chain(
         own,
-        z,
+        start,
         label,
         null,
         keys=keys,
@@ -303,9 +316,8 @@ def _table(model: vdm.VDM, drawing: _Drawing) -> Float[Array, " knots"] | None:
         return even
     keys = _folded(jnp.broadcast_to(drawing.root, (PILOTS,)), jnp.arange(PILOTS) + MAX_STEPS + 2)
     pilot = drawing._replace(labels=drawing.pilot, grid="gamma", solver="ddim", eta=0.0, steps=PILOT_STEPS)
-    z = _first_latents(model, keys)
-    states, _ = _drawn(model, keys, pilot, z=z, first=PILOT_STEPS, num_states=PILOT_STEPS)
-    return error_grid(model.gamma, jnp.concatenate([z[None], states]))
+    states, _ = _drawn(model, keys, pilot, first=PILOT_STEPS, num_states=PILOT_STEPS)
+    return error_grid(model.gamma, jnp.concatenate([_first_latents(model, keys)[None], states]))
 
 
 def _first_latents(model: vdm.VDM, keys: Key[Array, " n"]) -> Float[Array, "n *latent"]:
