@@ -96,7 +96,13 @@ class SampleConfig:
     num: int = 16
     """How many images."""
     steps: int = 250
-    """Steps T of the ancestral chain."""
+    """Steps T of the chain. Each evaluates the network once, of heun twice."""
+    sampler: typing.Literal["ancestral", "ddim", "heun", "dpmpp"] = "ancestral"
+    """What a step is: a draw from the model's own chain, DDIM, Heun's step, or DPM-Solver++(2M)."""
+    eta: float = 0.0
+    """How much noise DDIM's steps add: 0 is none, 1 is the ancestral chain."""
+    grid: typing.Literal["time", "gamma", "error"] = "time"
+    """Where the steps lie: evenly in t, evenly in gamma, or so that they err alike, as measured on four chains."""
     label: tuple[str, ...] = ()
     """Class to draw from, given again for each further one; by default the model's null, 'no label given'."""
     guidance: float = 0.0

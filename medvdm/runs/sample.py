@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def sample(
     num: int | None = None,
     config: SampleConfig = DEFAULTS,
     *,
-    z: np.ndarray | None = None,
+    z: np.ndarray | Sequence[np.ndarray] | None = None,
     first: int | None = None,
     num_states: int = 1,
     **changes: Any,
@@ -79,8 +79,9 @@ def sample(
         num: how many; as in ``config`` if None.
         config: the settings.
         z, first, num_states: see :func:`medvdm.models.generate.generate`.
-        changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``label`` (the name of a
-            class, or several names for images that carry all of them), ``guidance``, ``seed``, ``batch_size``.
+        changes: settings of :class:`medvdm.runs.config.SampleConfig` by name: ``steps``, ``sampler``, ``eta``,
+            ``grid``, ``label`` (the name of a class, or several names for images that carry all of them),
+            ``guidance``, ``seed``, ``batch_size``.
 
     Raises:
         InputError: an unknown setting, a bad count or seed, an unknown label, or a label for an unconditional model.
@@ -185,6 +186,9 @@ def _batches(
         steps=config.steps,
         labels=findings.astype(np.float32) if config.label else None,
         guidance=config.guidance,
+        solver=config.sampler,
+        eta=config.eta,
+        grid=config.grid,
         seed=config.seed,
         batch_size=config.batch_size,
         numbers=numbers,
@@ -217,24 +221,31 @@ def _cut(part: Generated, left: int) -> Generated:
     return Generated(part.images[:left], part.latents[:, :left], part.states[:, :left], part.times)
 
 
-def _provenance(run: Run, config: SampleConfig, z: np.ndarray | None, first: int | None) -> dict[str, Any]:
+def _provenance(
+    run: Run, config: SampleConfig, z: np.ndarray | Sequence[np.ndarray] | None, first: int | None
+) -> dict[str, Any]:
     return run.provenance(
         seed=config.seed,
         steps=config.steps,
+        sampler=config.sampler,
+        eta=config.eta,
+        grid=config.grid,
         guidance=config.guidance,
         label=list(config.label),
         start=_start(z, first, config.steps),
     )
 
 
-def _start(z: np.ndarray | None, first: int | None, steps: int) -> str:
+def _start(z: np.ndarray | Sequence[np.ndarray] | None, first: int | None, steps: int) -> str:
     """What the chain began from, for the provenance: a chain from an image's latent is no pure sample."""
     at = "" if first in (None, steps) else f" at step {first} of {steps}"
     if z is None:
         return f"N(0, I){at}"
-    z = np.ascontiguousarray(z, np.float32)
+    digest = hashlib.sha256()
+    for part in [z] if isinstance(z, np.ndarray) else z:
+        digest.update(np.ascontiguousarray(part, np.float32).tobytes())
     at = at or f" at step {steps} of {steps}"
-    return f"started from a given latent{at} (sha256 {hashlib.sha256(z.tobytes()).hexdigest()[:16]})"
+    return f"started from a given latent{at} (sha256 {digest.hexdigest()[:16]})"
 
 
 def check_seed(seed: int) -> None:

@@ -83,7 +83,7 @@ def transition(z_s: Float[Array, "..."], gamma_s: Float[Array, "..."], gamma_t: 
     The variance is :math:`\sigma_{t|s}^2 = -\sigma_t^2\, \mathrm{expm1}(\gamma_s - \gamma_t)`, which keeps its digits
     also where the two gammas are close and :math:`\sigma_t^2 - \alpha_{t|s}^2 \sigma_s^2` would cancel.
     """
-    return Normal(z_s / _alpha_ratio(gamma_s, gamma_t), -sigma2(gamma_t) * jnp.expm1(gamma_s - gamma_t))
+    return Normal(z_s / alpha_ratio(gamma_s, gamma_t), -sigma2(gamma_t) * jnp.expm1(gamma_s - gamma_t))
 
 
 def posterior(
@@ -103,7 +103,7 @@ def posterior(
     """
     c = -jnp.expm1(gamma_s - gamma_t)
     # 1 - c as an exponential: where the gammas are far apart c rounds to 1, and the product with the ratio counts.
-    mean = jnp.exp(gamma_s - gamma_t) * _alpha_ratio(gamma_s, gamma_t) * z_t + c * alpha(gamma_s) * x
+    mean = jnp.exp(gamma_s - gamma_t) * alpha_ratio(gamma_s, gamma_t) * z_t + c * alpha(gamma_s) * x
     return Normal(mean, sigma2(gamma_s) * c)
 
 
@@ -120,11 +120,11 @@ def posterior_from_eps(
     It never divides by a small :math:`\alpha_t` twice, so it is the stable form (Kingma et al. 2021, eq. 34).
     """
     c = -jnp.expm1(gamma_s - gamma_t)
-    mean = _alpha_ratio(gamma_s, gamma_t) * (z_t - c * sigma(gamma_t) * eps_hat)
+    mean = alpha_ratio(gamma_s, gamma_t) * (z_t - c * sigma(gamma_t) * eps_hat)
     return Normal(mean, sigma2(gamma_s) * c)
 
 
-def _alpha_ratio(gamma_s: Float[Array, "..."], gamma_t: Float[Array, "..."]) -> Float[Array, "..."]:
+def alpha_ratio(gamma_s: Float[Array, "..."], gamma_t: Float[Array, "..."]) -> Float[Array, "..."]:
     r""":math:`\alpha_s / \alpha_t`, at least 1, without forming either."""
     return jnp.exp(0.5 * (jax.nn.softplus(gamma_t) - jax.nn.softplus(gamma_s)))
 

@@ -1,6 +1,7 @@
-r"""Ancestral sampling: from :math:`z_1 \sim N(0, I)` down to z_0, then the decoder.
+r"""Chains of steps: from :math:`z_1 \sim N(0, I)` down to z_0, then the decoder.
 
-One step, from t to s < t, draws from :math:`q(z_s \mid z_t, x = \hat x)`:
+Ancestral sampling is the one that follows from the model. Its step, from t to s < t, draws from
+:math:`q(z_s \mid z_t, x = \hat x)`:
 
 .. math::
     z_s = \frac{\alpha_s}{\alpha_t} (z_t - c\, \sigma_t \hat\epsilon) + \sigma_s \sqrt{c}\; \epsilon, \qquad
@@ -9,9 +10,11 @@ One step, from t to s < t, draws from :math:`q(z_s \mid z_t, x = \hat x)`:
 With guidance weight w, :math:`\hat\epsilon = (1 + w)\, \hat\epsilon(z, y) - w\, \hat\epsilon(z, \text{null})`; w = 0 is
 the conditional model itself (Ho & Salimans, 2022). The null is the row that label dropout trained.
 
+Other steps, and other times than evenly spaced ones, are in :mod:`medvdm.theory.solvers`.
+
 There are two forms of the same chain. :func:`plain_chain` is the one to read: one step per turn of a scan.
-:func:`chain` is the one to use: its step count is an argument, so any T runs without a new compilation, and it computes
-what depends on time and label only for many steps at once.
+:func:`chain` is the one to use: its step count is an argument, so any T runs without a new compilation, it computes
+what depends on time and label only for many steps at once, and it has all solvers.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from medvdm.errors import InputError
-from medvdm.theory import gaussian
+from medvdm.theory import solvers
 from medvdm.theory.bound import Diffusion
+from medvdm.theory.solvers import ancestral_step
 
 
 def guided_eps(
@@ -35,18 +39,6 @@ def guided_eps(
     if null is None:
         return eps_hat
     return (1.0 + guidance) * eps_hat - guidance * model.eps_hat(z, null)
-
-
-def ancestral_step(
-    z_t: Float[Array, "n *latent"],
-    eps_hat: Float[Array, "n *latent"],
-    gamma_s: Float[Array, ""],
-    gamma_t: Float[Array, ""],
-    noise: Float[Array, "n *latent"],
-) -> Float[Array, "n *latent"]:
-    """One draw of z_s given z_t and the predicted noise: the posterior's mean plus its deviation times ``noise``."""
-    mean, variance = gaussian.posterior_from_eps(eps_hat, z_t, gamma_s, gamma_t)
-    return mean + jnp.sqrt(variance) * noise
 
 
 def plain_chain(
@@ -61,7 +53,7 @@ def plain_chain(
     guidance: Float[Array, ""] | float = 0.0,
     num_states: int = 1,
 ) -> Float[Array, "k n *latent"]:
-    """The chain as its formula says, with arguments and result of :func:`chain`; slow where T is large."""
+    """The ancestral chain as its formula says, with arguments and result of :func:`chain`; slow where T is large."""
 
     def step(z_t: Array, i: Array) -> tuple[Array, Array]:
         gamma_t, gamma_s = model.gamma(i / steps), model.gamma((i - 1) / steps)
@@ -86,6 +78,9 @@ def chain(
     first: Int[Array, ""] | int,
     guidance: Float[Array, ""] | float = 0.0,
     num_states: int = 1,
+    solver: str = "ancestral",
+    eta: Float[Array, ""] | float = 0.0,
+    grid: Float[Array, " knots"] | None = None,
 ) -> Float[Array, "k n *latent"]:
     """Run steps ``first``, ``first - 1``, ..., 1 of ``steps``: from z at t = first/steps down to z_0.
 
@@ -99,6 +94,10 @@ def chain(
         first: the step to start from; T for t = 1.
         guidance: w.
         num_states: how many evenly spaced latents to return; 1 is z_0 alone.
+        solver: one of :data:`medvdm.theory.solvers.SOLVERS`.
+        eta: of DDIM, from 0, without noise, to 1, the ancestral chain.
+        grid: times at evenly spaced fractions of the way, in place of these fractions themselves; step i begins at the
+            fraction i / steps. A falling table makes the chain run upwards, from an image to its z_1.
 
     Returns:
         The latents at ``num_states`` times, the last of which is z_0.
@@ -107,22 +106,23 @@ def chain(
     ends = segment_ends(first, num_states)
     block = max(1, CONDITIONS // label.shape[0])
 
-    def run_block(b: Int[Array, ""], carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        z_t, states = carry
-        done = b * block + jnp.arange(block)  # how many steps lie behind each step of the block
-        numbers = jnp.maximum(first - done, 1)
+    def run_block(b: Int[Array, ""], carry: _Carry) -> _Carry:
+        done = b * block + jnp.arange(block + 1)  # how many steps lie behind each state of the block
+        numbers = jnp.maximum(first - done, 0)
+        fraction = numbers.astype(jnp.float32) / steps.astype(jnp.float32)
+        gamma = model.gamma(solvers.time_at(fraction, grid))
         plan = _Block(
             numbers=numbers,
-            gamma_t=_gamma_at(model, numbers, steps),
-            gamma_s=_gamma_at(model, numbers - 1, steps),
+            gamma=gamma,
             slots=jnp.searchsorted(ends[1:], done + 1),
-            with_label=_conditions(model, numbers, steps, label),
-            with_null=None if null is None else _conditions(model, numbers, steps, null),
+            with_label=_conditions(model, gamma, label),
+            with_null=None if null is None else _conditions(model, gamma, null),
         )
-        return _run_steps(model, plan, jnp.minimum(block, first - b * block), z_t, states, keys, guidance)
+        return _run_steps(model, plan, jnp.minimum(block, first - b * block), carry, keys, guidance, solver, eta)
 
     states = None if num_states == 1 else jnp.zeros((num_states, *z.shape), z.dtype)
-    z_0, states = jax.lax.fori_loop(0, -(-first // block), run_block, (z, states))
+    start = _Carry(z, states, solvers.first_past(solver, z))
+    z_0, states, _ = jax.lax.fori_loop(0, -(-first // block), run_block, start)
     return z_0[None] if states is None else states
 
 
@@ -133,12 +133,19 @@ MAX_STATES = 46_340
 CONDITIONS = 64
 
 
+class _Carry(NamedTuple):
+    """What one step leaves to the next."""
+
+    z: Float[Array, "n *latent"]
+    states: Float[Array, "k n *latent"] | None
+    past: solvers.Past | None
+
+
 class _Block(NamedTuple):
-    """What the steps of one block need besides z; the first axis counts the steps."""
+    """What the steps of one block need besides z; the first axis counts the states, one more than steps."""
 
     numbers: Int[Array, " b"]  #: i, falling
-    gamma_t: Float[Array, " b"]
-    gamma_s: Float[Array, " b"]
+    gamma: Float[Array, " b"]
     slots: Int[Array, " b"]  #: in which of the returned states each step's result may stand
     with_label: Any
     with_null: Any
@@ -148,38 +155,43 @@ def _run_steps(
     model: Diffusion,
     plan: _Block,
     count: Int[Array, ""],
-    z: Float[Array, "n *latent"],
-    states: Float[Array, "k n *latent"] | None,
+    carry: _Carry,
     keys: Key[Array, " n"],
     guidance: Float[Array, ""] | float,
-) -> tuple[Array, Array | None]:
+    solver: str,
+    eta: Float[Array, ""] | float,
+) -> _Carry:
     """The first ``count`` steps of a block. Each writes over the state of its segment; the segment's last one stays."""
 
     def read(j: Int[Array, ""] | int) -> Any:
-        last = plan.numbers.shape[0] - 1
-        return jax.tree.map(lambda leaf: leaf[jnp.minimum(j, last)], (plan.with_label, plan.with_null))
+        return jax.tree.map(lambda leaf: leaf[j], (plan.with_label, plan.with_null))
 
-    def one(j: Int[Array, ""], carry: tuple[Array, Array | None, Any]) -> tuple[Array, Array | None, Any]:
-        z_t, states, (here, here_null) = carry
-        eps_hat = guided_eps(model, z_t, here, here_null, guidance)
-        noise = step_noise(keys, plan.numbers[j], z.shape[1:])
-        z_s = ancestral_step(z_t, eps_hat, plan.gamma_s[j], plan.gamma_t[j], noise)
+    def one(j: Int[Array, ""], turn: tuple[_Carry, Any]) -> tuple[_Carry, Any]:
+        (z_t, states, past), here = turn
+        there = read(j + 1)
+        z_s, past = solvers.advance(
+            solver,
+            z_t,
+            plan.gamma[j + 1],
+            plan.gamma[j],
+            here=lambda z: guided_eps(model, z, *here, guidance),
+            there=lambda z: guided_eps(model, z, *there, guidance),
+            noise=lambda: step_noise(keys, plan.numbers[j], z_t.shape[1:]),
+            eta=eta,
+            past=past,
+        )
         if states is not None:
             states = jax.lax.dynamic_update_index_in_dim(states, z_s, plan.slots[j], 0)
-        # Reading the next condition here, into the carry, keeps XLA from fusing the lookup into the network's
-        # element-wise loops, which doubled the time of a step on CPUs.
-        return z_s, states, read(j + 1)
+        # Handing on the next condition in the carry keeps XLA from fusing the lookup into the network's element-wise
+        # loops, which doubled the time of a step on CPUs.
+        return _Carry(z_s, states, past), there
 
-    return jax.lax.fori_loop(0, count, one, (z, states, read(0)))[:2]
+    return jax.lax.fori_loop(0, count, one, (carry, read(0)))[0]
 
 
 def step_noise(keys: Key[Array, " n"], i: Int[Array, ""] | int, shape: tuple[int, ...]) -> Float[Array, "n *latent"]:
     """The noise of step i, by each example's own key; steps are numbered from 1."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
-
-
-def _gamma_at(model: Diffusion, i: Int[Array, "*b"], steps: Int[Array, ""]) -> Float[Array, "*b"]:
-    return model.gamma(i.astype(jnp.float32) / steps.astype(jnp.float32))
 
 
 def _condition(model: Diffusion, gamma: Float[Array, " b"], embedded: Float[Array, "m c"]) -> Any:
@@ -188,13 +200,10 @@ def _condition(model: Diffusion, gamma: Float[Array, " b"], embedded: Float[Arra
     return model.condition(jnp.repeat(gamma, m), jnp.tile(embedded, (gamma.shape[0], 1)))
 
 
-def _conditions(
-    model: Diffusion, numbers: Int[Array, " b"], steps: Int[Array, ""], embedded: Float[Array, "m c"]
-) -> Any:
+def _conditions(model: Diffusion, gamma: Float[Array, " b"], embedded: Float[Array, "m c"]) -> Any:
     """:func:`_condition` of a block of steps, with an axis for the steps in front of that for the labels."""
-    b, m = numbers.shape[0], embedded.shape[0]
-    flat = _condition(model, _gamma_at(model, numbers, steps), embedded)
-    return jax.tree.map(lambda leaf: leaf.reshape(b, m, *leaf.shape[1:]), flat)
+    flat = _condition(model, gamma, embedded)
+    return jax.tree.map(lambda leaf: leaf.reshape(len(gamma), embedded.shape[0], *leaf.shape[1:]), flat)
 
 
 def segment_ends(first: Int[Array, ""] | int, num_states: int) -> Int[Array, " {num_states}+1"]:

@@ -531,9 +531,14 @@ def test_a_chain_of_three_stages_is_trained_evaluated_and_drawn_from(tmp_path):
     np.testing.assert_array_equal(medvdm.sample(run, 3, steps=4, seed=0).images, images)
 
 
-def test_a_cascade_begins_with_noise_of_its_own(trained):
+def test_a_cascade_begins_at_the_first_step_with_a_start_for_each_stage(trained):
     run = load(trained)
-    for given, name in (({"z": np.zeros((2, 16, 16, 1), np.float32)}, "z"), ({"first": 3}, "first")):
-        with pytest.raises(InputError, match=rf"^{name}: given, with reduce 2; expected none, ") as no:
+    whole = np.zeros((2, 16, 16, 1), np.float32)
+    for given, says in (
+        ({"first": 3}, r"^first: given, with reduce 2; expected none, "),
+        ({"z": whole}, r"^z: shape \(2, 16, 16, 1\); expected \(2, 8, 8, 1\), \(2, 16, 16, 1\)$"),
+        ({"z": [whole, whole]}, r"^z: shape \(2, 16, 16, 1\), \(2, 16"),
+    ):
+        with pytest.raises(InputError, match=says) as no:
             medvdm.sample(run, 2, steps=4, **given)
         assert "\n" not in str(no.value)
