@@ -106,7 +106,9 @@ def stored(path: Path) -> Stored:
     slope, intercept = _rescale(dataset, path)
     ends = [slope * value + intercept for value in _type_range(dataset)]
     kind = str(dataset.PhotometricInterpretation)
-    return Stored(words * slope + intercept, min(ends), max(ends), inverted=kind == "MONOCHROME1")
+    return Stored(
+        words * slope + intercept, min(ends), max(ends), inverted=kind == "MONOCHROME1", bits=int(dataset.BitsStored)
+    )
 
 
 def _dataset(path: Path, **options: Any) -> Any:

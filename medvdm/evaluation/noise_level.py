@@ -4,8 +4,8 @@ The finest diagonal coefficients of a wavelet (Daubechies' second) leave of a sm
 independent normal noise as much as there was. Their median absolute value over 0.6745 is the deviation, little moved by
 edges (Donoho & Johnstone, 1994). This is what ``skimage.restoration.estimate_sigma`` computes of the whole image. Two
 things lead it astray in X-rays: texture, which adds to little noise, and the ends of the gray scale, where a file holds
-half of the noise or none. So the median is taken of the smoother half of the places whose surroundings have room for the
-noise on the gray scale.
+half of the noise or none. So the median is taken of the smoother half of the places whose surroundings have room for
+the noise on the gray scale.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def estimated(image: np.ndarray) -> float:
         InputError: an image of fewer than 16 pixels on a side, which has too few places.
     """
     if min(image.shape) < SIDE:
-        raise InputError(f"noise: {image.shape[1]} x {image.shape[0]} pixels are too few to estimate it; expected "
-                         f"at least {SIDE} x {SIDE}, or the noise as a number")
+        raise InputError(
+            f"noise: {image.shape[1]} x {image.shape[0]} pixels are too few to estimate it; expected "
+            f"at least {SIDE} x {SIDE}, or the noise as a number"
+        )
     image = image.astype(np.float64)
     diagonal = np.abs(signal.convolve2d(image, np.outer(_HIGH_PASS, _HIGH_PASS), mode="valid"))
     around = ndimage.gaussian_filter(image, 2.0)

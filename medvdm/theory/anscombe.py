@@ -9,15 +9,15 @@ The generalised Anscombe transform (Starck, Murtagh & Bijaoui 1998) makes the va
 .. math:: f(y) = \frac{2}{g} \sqrt{\max\left(g y + \tfrac38 g^2 + s^2,\ 0\right)} .
 
 What removes normal noise can then be used. Its answer D is about :math:`E[f(y) \mid x]`, which is not f(x), so the
-algebraic inverse has a bias, large at low counts. The exact unbiased inverse solves :math:`E[f(y) \mid x] = D` for x. Its
-closed form (Mäkitalo & Foi, *Optimal inversion of the generalized Anscombe transformation for Poisson-Gaussian noise*,
-IEEE Transactions on Image Processing 22, 2013) is
+algebraic inverse has a bias, large at low counts. The exact unbiased inverse solves :math:`E[f(y) \mid x] = D` for x.
+Its closed form (Mäkitalo & Foi, *Optimal inversion of the generalized Anscombe transformation for Poisson-Gaussian
+noise*, IEEE Transactions on Image Processing 22, 2013) is
 
 .. math::
     x \approx g \left(\tfrac14 D^2 + \tfrac14 \sqrt{\tfrac32} D^{-1} - \tfrac{11}{8} D^{-2}
         + \tfrac58 \sqrt{\tfrac32} D^{-3} - \tfrac18 - \frac{s^2}{g^2}\right),
 
-and 0 below the D of x = 0.
+where an estimate D below f(0) counts as f(0).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def stabilised(y: Float[np.ndarray, "*shape"], gain: float, deviation: float) ->
 
 def unstabilised(d: Float[np.ndarray, "*shape"], gain: float, deviation: float) -> Float[np.ndarray, "*shape"]:
     """x from D, an estimate of E[f(y) | x], by the closed form; at least 0. Arguments as of :func:`stabilised`."""
-    least = 2.0 * math.sqrt(0.375 + (deviation / gain) ** 2)  # f(0), by which E[f(y) | x = 0] is bounded
+    least = 2.0 * math.sqrt(0.375 + (deviation / gain) ** 2)  # f(0), which E[f(y) | x = 0] does not exceed
     d = np.maximum(d, least)
     root = math.sqrt(1.5)
     count = d**2 / 4 + root / 4 / d - 11 / 8 / d**2 + 5 * root / 8 / d**3 - 1 / 8 - (deviation / gain) ** 2

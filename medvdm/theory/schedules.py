@@ -189,13 +189,13 @@ def with_slope(
 def time_of(
     schedule: Callable[[Float[Array, "..."]], Float[Array, "..."]], gamma: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    r"""The inverse of a schedule, t with :math:`\gamma(t)` as given, by halving [0, 1]; beyond the ends, the nearer end.
+    r"""The inverse of a schedule: t where :math:`\gamma(t)` is as given, by halving [0, 1]. Beyond an end, that end.
 
     It asks of the schedule nothing but that it rises, and is as exact as float32 is at t: 6e-8 times the slope, in
     gamma.
     """
 
-    def halved(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halved(_: Array | int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         below = schedule(middle) < gamma
