@@ -34,6 +34,7 @@ _HOMES = {
     "sample": "runs.sample",
     "audit": "runs.audit",
     "bound": "runs.bound",
+    "denoise": "runs.denoise",
     "MedvdmError": "errors",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | audit | benchmark``.
+"""The command line: ``medvdm train | evaluate | sample | audit | denoise | benchmark``.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -106,6 +106,7 @@ def _dispatch(argv: list[str]) -> int:
         "evaluate": _evaluate,
         "sample": _sample,
         "audit": _audit,
+        "denoise": _denoise,
         "benchmark": _benchmark,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -116,6 +117,7 @@ def _dispatch(argv: list[str]) -> int:
             "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
         )
         print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
+        print("  denoise    remove the noise of image files with a run on pixels")
         print("  benchmark  step time against a plain JAX step")
         print("\n'medvdm COMMAND --help' lists the options of a command.")
         return 0 if argv else 2
@@ -237,6 +239,27 @@ def _audit(argv: list[str]) -> int:
     if first:
         print(json.dumps(result) if args.json else audit_table(result))
     return 0
+
+
+def _denoise(argv: list[str]) -> int:
+    from medvdm.cli.options import Denoise
+
+    args = parse(Denoise, argv, "denoise")
+
+    from medvdm.runs.denoise import Result, denoise_files
+    from medvdm.runs.run import load
+
+    def say(result: Result) -> None:
+        if result.error is not None:
+            _complain(result.error)
+            return
+        print(f"{result.file}: {', '.join(map(str, reversed(result.written)))}")
+        for note in result.notes:
+            print(f"note: {result.file}: {note}", file=sys.stderr)
+
+    run = load(args.run, ema=args.ema, step=args.step)
+    results = denoise_files(run, args.files, args.out, args.denoising, done=say)
+    return 1 if any(result.error for result in results) else 0
 
 
 def _benchmark(argv: list[str]) -> int:

@@ -14,7 +14,15 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from medvdm.data import DataConfig
 from medvdm.models.vdm import VDMConfig
-from medvdm.runs.config import AuditConfig, BenchmarkConfig, EvaluateConfig, KeepConfig, RunConfig, SampleConfig
+from medvdm.runs.config import (
+    AuditConfig,
+    BenchmarkConfig,
+    DenoiseConfig,
+    EvaluateConfig,
+    KeepConfig,
+    RunConfig,
+    SampleConfig,
+)
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
 
@@ -169,6 +177,30 @@ class Audit:
     json: bool = False
     """Print one JSON object and nothing else."""
     processes: Processes = field(default_factory=Processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed(DenoiseConfig):
+    """How noise is removed."""
+
+    noise: Annotated[float | Literal["auto"], arg(metavar="auto|S")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise:
+    """Remove the noise of image files with a run on pixels: PNG, JPEG, TIFF, BMP or DICOM."""
+
+    run: RunFolder
+    """Folder of the run."""
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILE...")]] = ()
+    """Images, of which out gets NAME.png, NAME-sample-1.png, ..., NAME-std.png, and NAME.dcm of a DICOM file."""
+    out: Annotated[str, arg(metavar="DIR")]
+    """Folder to write into, made if it is not there."""
+    denoising: Removed = field(default_factory=Removed)
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

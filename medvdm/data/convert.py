@@ -176,6 +176,18 @@ def dicom_patient(path: Path) -> str:
         return dicom.patient(path)
 
 
+def not_derivable(path: Path) -> str:
+    """Why no derived file can be made of a DICOM file; '' if one can. Raises as :func:`header`."""
+    with problems_named(path), _QUIET:
+        return dicom.not_derivable(path)
+
+
+def derived_dicom(path: Path, gray: np.ndarray, description: str, series: dict[str, str]) -> bytes:
+    """See :func:`medvdm.data.dicom.derived`. Raises as :func:`header`."""
+    with problems_named(path), _QUIET:
+        return dicom.derived(path, gray, description, series)
+
+
 def _made_square(image: np.ndarray, fit: Fit) -> np.ndarray:
     height, width = image.shape[:2]
     if fit == "stretch" or height == width:

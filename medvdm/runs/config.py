@@ -129,6 +129,23 @@ class AuditConfig(SampleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenoiseConfig:
+    """How noise is removed from images."""
+
+    noise: float | typing.Literal["auto"] = "auto"
+    """Deviation of the noise in gray values on [0, 1], or auto, estimated in each image; with a gain, of the
+    electronic noise."""
+    gain: float = 0.0
+    """Low dose: gray values per photon, whose noise grows with the signal; 0 is noise that is the same everywhere."""
+    samples: int = 0
+    """Draws from the posterior beside its mean; from two on, their spread is a map of doubt."""
+    steps: int = 50
+    """Steps of the chain of each draw."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """How a training step is timed."""
 
@@ -145,7 +162,7 @@ def labels_of(label: str | Sequence[str] | None) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else tuple(map(str, label))
 
 
-Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig)
+Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig, DenoiseConfig)
 
 
 def settings(start: Settings, changes: dict[str, Any]) -> Settings:
