@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medvdm.data import convert
-from medvdm.errors import DivergedError, InputError, MedvdmError, MissingFileError, RunError
+from medvdm.errors import DataError, DivergedError, InputError, MedvdmError, MissingFileError, RunError
 from medvdm.evaluation.noise_level import estimated
 from medvdm.images import as_unit_float, channels_last
 from medvdm.models import denoise as models_denoise
@@ -338,7 +338,10 @@ def _file(run: Run, path: Path, folder: Path, config: DenoiseConfig, series: dic
     header = convert.header(path)
     stored = convert.read_stored(path)
     gray = stored.gray(str(path))
-    one = _one(run, as_unit_float(gray, str(path))[..., None], config, eight_bit=stored.bits == 8)
+    try:
+        one = _one(run, as_unit_float(gray, str(path))[..., None], config, eight_bit=stored.bits == 8)
+    except InputError as problem:
+        raise DataError(f"{path}: {problem}") from None
     notes = _notes(run, header, one, config)
     names = {what: folder / name for what, name in _names(path, config.samples).items()}
     from_where = {"source": text_of(path.name), "source_sha256": _sha256(path), "notes": notes}

@@ -402,7 +402,8 @@ COMMANDS = ["train", "evaluate", "sample", "audit", "denoise", "benchmark"]
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["train", "evaluate", "sample", "audit", "denoise", "benchmark"]), words=st.lists(WORDS, max_size=6)
+    command=st.sampled_from(["train", "evaluate", "sample", "audit", "denoise", "benchmark"]),
+    words=st.lists(WORDS, max_size=6),
 )
 @example(command="train", words=["--out", "x", "--seed", "9" * 5000])
 @example(command="sample", words=["r", "--label", "\udcff", "--out", "\udcff.jpg"])
@@ -666,7 +667,10 @@ def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.Cap
     for argv, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         assert main(argv) == code
         out, err = capsys.readouterr()
-        assert all(command in out for command in ("train", "evaluate", "sample", "audit", "denoise", "benchmark")) and not err
+        assert (
+            all(command in out for command in ("train", "evaluate", "sample", "audit", "denoise", "benchmark"))
+            and not err
+        )
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "benchmark"])
