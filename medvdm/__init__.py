@@ -35,6 +35,7 @@ _HOMES = {
     "audit": "runs.audit",
     "bound": "runs.bound",
     "denoise": "runs.denoise",
+    "score": "runs.score",
     "MedvdmError": "errors",
 }
 

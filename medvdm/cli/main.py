@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | audit | denoise | benchmark``.
+"""The command line: ``medvdm train | evaluate | sample | audit | denoise | score | benchmark``.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -55,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of(argv: Sequence[str]) -> str | None:
-    """The value of --out, in either spelling."""
+    """The value of --out or --maps, in either spelling."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == "--out":
-            return following
-        if word.startswith("--out="):
-            return word.removeprefix("--out=")
+        name, equals, value = word.partition("=")
+        if name in ("--out", "--maps"):
+            return value if equals else following
     return None
 
 
@@ -107,6 +106,7 @@ def _dispatch(argv: list[str]) -> int:
         "sample": _sample,
         "audit": _audit,
         "denoise": _denoise,
+        "score": _score,
         "benchmark": _benchmark,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -118,6 +118,7 @@ def _dispatch(argv: list[str]) -> int:
         )
         print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
         print("  denoise    remove the noise of image files with a run on pixels")
+        print("  score      what images cost a run in bits, and which are unusual")
         print("  benchmark  step time against a plain JAX step")
         print("\n'medvdm COMMAND --help' lists the options of a command.")
         return 0 if argv else 2
@@ -260,6 +261,27 @@ def _denoise(argv: list[str]) -> int:
     run = load(args.run, ema=args.ema, step=args.step)
     results = denoise_files(run, args.files, args.out, args.denoising, done=say)
     return 1 if any(result.error for result in results) else 0
+
+
+def _score(argv: list[str]) -> int:
+    from medvdm.cli.options import Score
+
+    args = parse(Score, argv, "score")
+
+    from medvdm.cli.tables import score_table
+    from medvdm.runs.run import load, load_data
+    from medvdm.runs.score import score_files
+
+    run = load(args.run, ema=args.ema, step=args.step)
+    data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
+    result = score_files(run, args.files, args.score, maps=args.maps, data=data, window=args.window)
+    for one in result["failed"]:
+        _complain(one["problem"])
+    if args.json:
+        print(json.dumps(result))
+    elif result["images"]:
+        print(score_table(result))
+    return 1 if result["failed"] else 0
 
 
 def _benchmark(argv: list[str]) -> int:

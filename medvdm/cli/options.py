@@ -22,6 +22,7 @@ from medvdm.runs.config import (
     KeepConfig,
     RunConfig,
     SampleConfig,
+    ScoreConfig,
 )
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
@@ -201,6 +202,29 @@ class Denoise:
     """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
     ema: bool = False
     """Use the moving average of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What each image costs in bits, where that lies among held-out images, and which tests call it unusual."""
+
+    run: RunFolder
+    """Folder of the run, of a model of 8-bit gray values."""
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILE...")]] = ()
+    """Images: PNG, JPEG, TIFF, BMP or DICOM."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    maps: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Folder for a map of each image's bits."""
+    window: Annotated[str | None, arg(metavar="LOW,HIGH")] = None
+    """Stored values that become black and white, or full, which is each file's own range; by default the run's."""
+    data_dir: Annotated[str | None, arg(metavar="PATH")] = None
+    """Where the run's own images are now; by default where they were."""
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,24 @@ class DenoiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How images are scored, and against how many held-out ones."""
+
+    draws: int = 16
+    """Draws of time and noise per image, the times spread evenly; the standard error needs at least 2."""
+    held_out: int = 256
+    """Validation images of the run's own data that each image is placed among, at most."""
+    share: float = 0.05
+    """Of images like the held-out ones, the share that a test may call unusual."""
+    codec: typing.Literal["none", "png", "webp", "jpegls", "jxl"] = "none"
+    """Also measure the bits above the size of a lossless file of the same image (extra codecs)."""
+    seed: int = 0
+    """Seed of the times and the noise, which are the same for all images."""
+    batch_size: int = 32
+    """Images at a time; it changes the speed and the memory only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """How a training step is timed."""
 
@@ -162,7 +180,7 @@ def labels_of(label: str | Sequence[str] | None) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else tuple(map(str, label))
 
 
-Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig, DenoiseConfig)
+Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig, DenoiseConfig, ScoreConfig)
 
 
 def settings(start: Settings, changes: dict[str, Any]) -> Settings:

@@ -397,12 +397,12 @@ WORDS = st.one_of(
 )
 
 
-COMMANDS = ["train", "evaluate", "sample", "audit", "denoise", "benchmark"]
+COMMANDS = ["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["train", "evaluate", "sample", "audit", "denoise", "benchmark"]),
+    command=st.sampled_from(["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"]),
     words=st.lists(WORDS, max_size=6),
 )
 @example(command="train", words=["--out", "x", "--seed", "9" * 5000])
@@ -440,6 +440,7 @@ PARSED = {
     "sample": options.Sample,
     "audit": options.Audit,
     "denoise": options.Denoise,
+    "score": options.Score,
     "benchmark": options.Benchmark,
 }
 
@@ -584,7 +585,7 @@ def documented(command: str) -> dict[str, list[str]]:
 WORDS_OF_DEFAULTS = {"off": False, "on": True, "spread": True, "shown": True, "none": None}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "score"])
 def test_the_manual_lists_every_option_with_its_default(command: str) -> None:
     rows = documented(command)
     known = options_of(command)
@@ -668,12 +669,12 @@ def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.Cap
         assert main(argv) == code
         out, err = capsys.readouterr()
         assert (
-            all(command in out for command in ("train", "evaluate", "sample", "audit", "denoise", "benchmark"))
+            all(command in out for command in ("train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"))
             and not err
         )
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"])
 def test_each_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
