@@ -32,6 +32,8 @@ _HOMES = {
     "load": "runs.run",
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
+    "inpaint": "runs.inpaint",
+    "restore": "runs.inpaint",
     "audit": "runs.audit",
     "bound": "runs.bound",
     "denoise": "runs.denoise",

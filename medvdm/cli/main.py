@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | audit | denoise | score | benchmark``.
+"""The command line: ``medvdm train | evaluate | sample | inpaint | audit | denoise | score | benchmark``.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -104,6 +104,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "sample": _sample,
+        "inpaint": _inpaint,
         "audit": _audit,
         "denoise": _denoise,
         "score": _score,
@@ -117,6 +118,7 @@ def _dispatch(argv: list[str]) -> int:
             "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
         )
         print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
+        print("  inpaint    draw the pixels of an image under a mask, given the others")
         print("  denoise    remove the noise of image files with a run on pixels")
         print("  score      what images cost a run in bits, and which are unusual")
         print("  benchmark  step time against a plain JAX step")
@@ -222,6 +224,19 @@ def _sample(argv: list[str]) -> int:
     sample_to(args.out, load(args.run, ema=args.ema, step=args.step), config=args.drawing)
     if first:
         print(f"{args.drawing.num} synthetic images: {args.out}")
+    return 0
+
+
+def _inpaint(argv: list[str]) -> int:
+    from medvdm.cli.options import Inpaint
+
+    args = parse(Inpaint, argv, "inpaint")
+
+    from medvdm.runs.inpaint import inpaint_file
+    from medvdm.runs.run import load
+
+    for path in inpaint_file(load(args.run, ema=args.ema, step=args.step), args.file, args.mask, args.out, args.filling):
+        print(f"partly synthetic image: {path}")
     return 0
 
 

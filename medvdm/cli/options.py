@@ -19,6 +19,7 @@ from medvdm.runs.config import (
     BenchmarkConfig,
     DenoiseConfig,
     EvaluateConfig,
+    InpaintConfig,
     KeepConfig,
     RunConfig,
     SampleConfig,
@@ -153,6 +154,32 @@ class Sample:
     ema: bool = False
     """Use the moving average of the weights."""
     processes: Processes = field(default_factory=Processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled(InpaintConfig):
+    """How what is not known is drawn."""
+
+    label: Labels = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """Draw the pixels of an image under a mask, given all others; for runs of a diffusion on pixels."""
+
+    run: RunFolder
+    """Folder of the run."""
+    file: Positional[Annotated[str, arg(metavar="FILE")]]
+    """The image, of the run's size."""
+    mask: Annotated[str, arg(metavar="FILE")]
+    """An image of the same size, white where pixels are to be drawn and black where they are kept."""
+    out: Annotated[str, arg(metavar="FILE")]
+    """PNG to write; of several samples NAME-sample-1.png and so on, for NAME.png."""
+    filling: Filled = field(default_factory=Filled)
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,32 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InpaintConfig:
+    """How what is not known of an image is drawn."""
+
+    samples: int = 1
+    """How many draws of each image."""
+    steps: int = 50
+    """Steps T of the chain, of each stage of a cascade."""
+    sampler: typing.Literal["ancestral", "ddim", "heun", "dpmpp"] = "dpmpp"
+    """What a step is, as of sample."""
+    turns: int = 5
+    """How long a step solves for what is known, at most; each turn costs about as much as the network. 0 only puts in
+    what is known."""
+    label: tuple[str, ...] = ()
+    """Class to draw from, given again for each further one; by default the model's null, 'no label given'."""
+    guidance: float = 0.0
+    """Guidance weight w in eps = (1 + w) conditional - w null; needs a label."""
+    seed: int = 0
+    """Seed; draw j of image i of a seed is always the same, however many are drawn."""
+    batch_size: int = 8
+    """Images drawn at a time; it changes the speed and the memory only."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", labels_of(self.label))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditConfig(SampleConfig):
     """How samples of a run are audited: how they are drawn, and which real images they are held against."""
 
@@ -180,7 +206,16 @@ def labels_of(label: str | Sequence[str] | None) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else tuple(map(str, label))
 
 
-Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig, DenoiseConfig, ScoreConfig)
+Settings = TypeVar(
+    "Settings",
+    EvaluateConfig,
+    SampleConfig,
+    InpaintConfig,
+    AuditConfig,
+    BenchmarkConfig,
+    DenoiseConfig,
+    ScoreConfig,
+)
 
 
 def settings(start: Settings, changes: dict[str, Any]) -> Settings:

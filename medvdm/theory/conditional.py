@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ TURNS = 5  #: of the solution of the equations, at most
 TOLERANCE = 0.03  #: of |y - A x|, at which it ends
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A linear map A of images, as a pytree (``jax.tree_util.register_dataclass``), with what is asked of it."""
 
