@@ -235,7 +235,9 @@ def _inpaint(argv: list[str]) -> int:
     from medvdm.runs.inpaint import inpaint_file
     from medvdm.runs.run import load
 
-    for path in inpaint_file(load(args.run, ema=args.ema, step=args.step), args.file, args.mask, args.out, args.filling):
+    for path in inpaint_file(
+        load(args.run, ema=args.ema, step=args.step), args.file, args.mask, args.out, args.filling
+    ):
         print(f"partly synthetic image: {path}")
     return 0
 

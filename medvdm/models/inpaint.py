@@ -9,8 +9,8 @@ of it, and then the detail, given the copy and y.
 
 What is approximate of a cascade: the copy hears of y only by these rules, not by all the detail that y holds.
 
-Everything is exact where it can be: known pixels are returned as they are, and where y is a picture of whole gray values
-without noise, the mean of the pixels that are drawn, rounded, is y (:func:`with_cell_means`).
+Everything is exact where it can be: known pixels are returned as they are, and where y is a picture of whole gray
+values without noise, the mean of the pixels that are drawn, rounded, is y (:func:`with_cell_means`).
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def check(config: vdm.VDMConfig, operator: Operator) -> None:
         )
     height, width, _ = config.image_shape
     if isinstance(operator, CellMean) and (operator.k < 1 or height % operator.k or width % operator.k):
-        raise InputError(f"operator: means of {operator.k} x {operator.k} pixels; expected a divisor of {height} and {width}")
+        raise InputError(
+            f"operator: means of {operator.k} x {operator.k} pixels; expected a divisor of {height} and {width}"
+        )
     if not config.reduce:
         return
     if isinstance(operator, CellMean) and (operator.k % config.reduce and config.reduce % operator.k):
@@ -311,6 +313,4 @@ def with_cell_means(
         cells += np.where(free & (rank < np.abs(lacking)[..., None]), step, 0)
         sums = cells.sum(axis=-1)
         lacking = np.maximum(low - sums, 0) - np.maximum(sums - high, 0)
-    return rearrange(
-        cells.astype(np.uint8), "n a b c (k l) -> n (a k) (b l) c", k=k, l=k
-    )
+    return rearrange(cells.astype(np.uint8), "n a b c (k l) -> n (a k) (b l) c", k=k, l=k)

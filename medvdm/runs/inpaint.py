@@ -32,8 +32,8 @@ def inpaint(
 ) -> np.ndarray:
     """Draw the pixels under a mask, given all others.
 
-    The known pixels are returned as they were, on 256 levels (:func:`medvdm.images.to_levels`). What is drawn is a guess
-    that fits to them: it is no finding, and several draws show how far guesses differ.
+    The known pixels are returned as they were, on 256 levels (:func:`medvdm.images.to_levels`). What is drawn is a
+    guess that fits to them: it is no finding, and several draws show how far guesses differ.
 
     Args:
         run: of a diffusion on pixels, from :func:`medvdm.runs.run.load`.
@@ -56,7 +56,9 @@ def inpaint(
     shape = run.config.model.image_shape
     levels = to_levels(channels_last(np.asarray(images)))
     if levels.shape[1:] != shape:
-        raise InputError(f"images: shape {levels.shape}; expected (n, {shape[0]}, {shape[1]}, {shape[2]}), as of the run")
+        raise InputError(
+            f"images: shape {levels.shape}; expected (n, {shape[0]}, {shape[1]}, {shape[2]}), as of the run"
+        )
     missing = _missing(mask, len(levels), shape)[..., None]
     known = jnp.asarray(np.broadcast_to(~missing, (len(missing), *shape)), jnp.float32)
     y = known * level_values(jnp.asarray(levels))
@@ -74,8 +76,8 @@ def restore(
 ) -> np.ndarray:
     """Draw images x given y = A x + noise, for a linear operator A.
 
-    ``CellMean(2)`` and ``CellMean(4)`` of :mod:`medvdm.theory.conditional` are super-resolution: y is an image with sides
-    2 or 4 times smaller. If it is uint8 and without noise, then the means of the drawn pixels, rounded half up, are y.
+    ``CellMean(2)`` and ``CellMean(4)`` of :mod:`medvdm.theory.conditional` are super-resolution: y is an image with
+    sides 2 or 4 times smaller. If it is uint8 and without noise, then the means of the drawn pixels, rounded half up, are y.
 
     Args:
         run: of a diffusion on pixels.
@@ -97,7 +99,9 @@ def restore(
     y = np.asarray(y)
     white = operator(jnp.ones((1, *shape)))
     if y.ndim != white.ndim or y.shape[1:] != white.shape[1:] or not len(y):
-        raise InputError(f"y: shape {y.shape}; expected (n, {', '.join(map(str, white.shape[1:]))}), what the operator gives")
+        raise InputError(
+            f"y: shape {y.shape}; expected (n, {', '.join(map(str, white.shape[1:]))}), what the operator gives"
+        )
     if not noise >= 0.0 or not np.isfinite(noise):
         raise InputError(f"noise: {noise}; expected 0 or more")
     if y.dtype == np.uint8:
@@ -123,7 +127,7 @@ def inpaint_file(
     config: InpaintConfig = DEFAULTS,
     **changes: Any,
 ) -> list[Path]:
-    """Draw the pixels of an image file that another file marks, and write the result as PNG, marked as partly synthetic.
+    """Draw the pixels of an image file that another file marks; the result is a PNG, marked as partly synthetic.
 
     The PNG has the bit depth of the image, 8 or 16; the pixels that are kept have their values exactly. Those that are
     drawn have one of 256 gray values, which is all that the model knows.
@@ -172,7 +176,9 @@ def inpaint_file(
                 mask_sha256=_digest(mask),
                 pixels_drawn=count,
                 draw=number,
-                **{name: getattr(config, name) for name in ("samples", "steps", "sampler", "turns", "guidance", "seed")},
+                **{
+                    name: getattr(config, name) for name in ("samples", "steps", "sampler", "turns", "guidance", "seed")
+                },
                 label=list(config.label),
             ),
         )
@@ -229,8 +235,8 @@ def _read_mask(mask: Path, path: Path, size: tuple[int, int]) -> np.ndarray:
     grays = np.unique(values)
     if len(grays) > 2 or (len(grays) == 2 and grays[0] != 0):
         raise DataError(
-            f"{mask}: found {len(grays)} gray values from {grays[0]:g} to {grays[-1]:g}; expected two, black where a pixel "
-            "is kept and white where it is to be drawn"
+            f"{mask}: found {len(grays)} gray values from {grays[0]:g} to {grays[-1]:g}; expected two, black where a "
+            "pixel is kept and white where it is to be drawn"
         )
     if len(grays) == 1:
         what = "no pixel" if grays[0] == 0 else "all pixels"
@@ -247,8 +253,8 @@ def _window(run: Run) -> tuple[float, float] | None:
     if window == "full":
         return None
     raise InputError(
-        f"run: trained with --window {window}, which its training images set; expected one trained with the whole range "
-        "or --window=LOW,HIGH, or a call of medvdm.inpaint with arrays"
+        f"run: trained with --window {window}, which its training images set; expected one trained with the whole "
+        "range or --window=LOW,HIGH, or a call of medvdm.inpaint with arrays"
     )
 
 

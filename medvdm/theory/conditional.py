@@ -132,7 +132,7 @@ class Conditional:
     def start(
         self, z: Float[Array, "n *latent"], eps: Float[Array, "n *latent"], label: Float[Array, "m c"]
     ) -> Float[Array, "n *latent"]:
-        r"""z_1 of an image that is known in part, from noise z: :math:`\alpha_1 E[x \mid z_1 = z, y] + \sigma_1 \epsilon`.
+        r"""z_1 of an image known in part, from noise z: :math:`\alpha_1 E[x \mid z_1 = z, y] + \sigma_1 \epsilon`.
 
         Noise alone is z_1 of images of which nothing is known. Solvers without noise of their own would keep the
         difference to the end.

@@ -68,7 +68,9 @@ def test_the_error_of_a_partly_known_cell_is_that_of_a_drawn_sample():
     seen = of_copy(masked(x, np.tile(missing, (1, n))), k)
     errors = np.asarray(seen.y)[0, 0, :, 0] - (2.0 * cells.mean(axis=(1, 2)) / 255 - 1.0)
     claimed = np.asarray(seen.variance)[0, 0, :, 0]
-    np.testing.assert_allclose(claimed, (2 * deviation / 255) ** 2 * (1 / m - 1 / k**2), rtol=4 * np.sqrt(2 / (n * (m - 1))))
+    np.testing.assert_allclose(
+        claimed, (2 * deviation / 255) ** 2 * (1 / m - 1 / k**2), rtol=4 * np.sqrt(2 / (n * (m - 1)))
+    )
     assert abs(errors.var() / claimed.mean() - 1) < 4 * np.sqrt(2 / n)
     assert abs(errors.mean()) < 4 * np.sqrt(claimed.mean() / n)
 

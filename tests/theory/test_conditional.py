@@ -100,7 +100,10 @@ def test_draws_have_the_exact_conditional_law_of_a_gaussian(name, noise):
     assert np.abs(across).max() < 4.5
     if not noise:
         plain = whitened(0)
-        assert max(np.abs(plain.mean(axis=0)).max() * np.sqrt(N), np.abs(plain.var(axis=0) - 1).max() / np.sqrt(2 / N)) > 10
+        assert (
+            max(np.abs(plain.mean(axis=0)).max() * np.sqrt(N), np.abs(plain.var(axis=0) - 1).max() / np.sqrt(2 / N))
+            > 10
+        )
 
 
 @pytest.mark.parametrize("turns", [0, 2])
