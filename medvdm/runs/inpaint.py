@@ -77,7 +77,7 @@ def restore(
     """Draw images x given y = A x + noise, for a linear operator A.
 
     ``CellMean(2)`` and ``CellMean(4)`` of :mod:`medvdm.theory.conditional` are super-resolution: y is an image with
-    sides 2 or 4 times smaller. If it is uint8 and without noise, then the means of the drawn pixels, rounded half up, are y.
+    sides 2 or 4 times smaller. If it is uint8 and without noise, the means of the drawn pixels, rounded half up, are y.
 
     Args:
         run: of a diffusion on pixels.
