@@ -8,7 +8,7 @@ import pytest
 from medvdm.errors import DivergedError, InputError
 from medvdm.models import cascade, vdm
 from medvdm.models.inpaint import CONTRAST, Seen, copy_of_known, draws, of_copy, with_cell_means
-from medvdm.models.likelihoods import SPACING, level_values
+from medvdm.models.likelihoods import level_values
 from medvdm.theory.conditional import CellMean, Mask
 
 MODEL = {
@@ -77,13 +77,13 @@ def test_the_error_of_a_partly_known_cell_is_that_of_a_drawn_sample():
 
 def test_noise_and_cells_of_one_known_pixel():
     """By Bayes' rule with matrices: pixels c + d_i with nothing known of c, some of them seen through noise."""
-    k, known, variance = 2, np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.02, 0.3, 0.0])
+    k, known, variance = 2, np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.002, 0.03, 0.0])
     y = np.array([0.3, 0.1, -0.2, 0.0]) * known
     shape = (1, k, k, 1)
     seen = copy_of_known(*(jnp.asarray(a.reshape(shape), jnp.float32) for a in (known, y, variance)), k)
     w = ((y[:3] - y[:3].mean()) ** 2).sum() / 2 - variance.sum() / 3
-    w = max(w, SPACING**2 / 12)
-    prior = 1e6 * np.ones((4, 4)) + w * np.eye(4)
+    assert w > 0.05
+    prior = 100.0 * np.ones((4, 4)) + w * np.eye(4)
     a, mean_of = np.eye(4)[:3], np.full(4, 0.25)
     gain = mean_of @ prior @ a.T @ np.linalg.inv(a @ prior @ a.T + np.diag(variance[:3]))
     np.testing.assert_allclose(seen.y.item(), gain @ y[:3], rtol=1e-3)
