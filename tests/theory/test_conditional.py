@@ -140,7 +140,7 @@ def test_a_conditional_mean_is_that_of_bayes_rule(name):
 
 
 def test_operators_are_linear_with_their_transpose_and_their_pseudo_inverse():
-    x = np.random.default_rng(1).standard_normal((2, 6, 4, 2)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 4, 2)), jnp.float32)
     known = (np.random.default_rng(2).random((2, 6, 4, 2)) < 0.5).astype(np.float32)
     for operator in (Mask(jnp.asarray(known)), CellMean(2)):
         y = operator(x)
