@@ -71,6 +71,7 @@ class Mask:
     known: Float[Array, "m *latent"]
 
     def __call__(self, x: Float[Array, "n *latent"]) -> Float[Array, "n *latent"]:
+        """x where it is known, 0 elsewhere; which is also what the other two are."""
         return self.known * x
 
     adjoint = inverse = __call__
@@ -84,12 +85,15 @@ class CellMean:
     k: int = field(metadata={"static": True})
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n a b c"]:
+        """The means."""
         return jnp.mean(rearrange(x, "n (a k) (b l) c -> n a b (k l) c", k=self.k, l=self.k), axis=3)
 
     def adjoint(self, y: Float[Array, "n a b c"]) -> Float[Array, "n h w c"]:
+        """Each number shared out among its k x k pixels."""
         return self.inverse(y) / self.k**2
 
     def inverse(self, y: Float[Array, "n a b c"]) -> Float[Array, "n h w c"]:
+        """Each number repeated k x k times."""
         return jnp.repeat(jnp.repeat(y, self.k, axis=1), self.k, axis=2)
 
 

@@ -397,12 +397,12 @@ WORDS = st.one_of(
 )
 
 
-COMMANDS = ["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"]
+COMMANDS = ["train", "evaluate", "sample", "inpaint", "audit", "denoise", "score", "benchmark"]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"]),
+    command=st.sampled_from(COMMANDS),
     words=st.lists(WORDS, max_size=6),
 )
 @example(command="train", words=["--out", "x", "--seed", "9" * 5000])
@@ -438,6 +438,7 @@ PARSED = {
     "train": options.Train,
     "evaluate": options.Evaluate,
     "sample": options.Sample,
+    "inpaint": options.Inpaint,
     "audit": options.Audit,
     "denoise": options.Denoise,
     "score": options.Score,
@@ -445,7 +446,7 @@ PARSED = {
 }
 
 
-POSITIONAL = {"run": "RUN", "files": "FILE"}
+POSITIONAL = {"run": "RUN", "file": "FILE", "files": "FILE"}
 
 
 def settings_of(kind: Any, default: Any) -> dict[str, Any]:
@@ -463,7 +464,7 @@ def settings_of(kind: Any, default: Any) -> dict[str, Any]:
 def options_of(command: str, chosen: str = "demo") -> dict[str, Any]:
     if command == "train":
         return settings_of(options.Train, options.train_defaults(preset(chosen)))
-    required = {f.name: None for f in dataclasses.fields(PARSED[command]) if f.name in ("run", "out")}
+    required = {f.name: None for f in dataclasses.fields(PARSED[command]) if f.name in ("run", "file", "mask", "out")}
     return settings_of(PARSED[command], PARSED[command](**required))
 
 
@@ -585,7 +586,7 @@ def documented(command: str) -> dict[str, list[str]]:
 WORDS_OF_DEFAULTS = {"off": False, "on": True, "spread": True, "shown": True, "none": None}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "score"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "inpaint", "audit", "denoise", "score"])
 def test_the_manual_lists_every_option_with_its_default(command: str) -> None:
     rows = documented(command)
     known = options_of(command)
@@ -668,13 +669,10 @@ def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.Cap
     for argv, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         assert main(argv) == code
         out, err = capsys.readouterr()
-        assert (
-            all(command in out for command in ("train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"))
-            and not err
-        )
+        assert all(command in out for command in COMMANDS) and not err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "denoise", "score", "benchmark"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
