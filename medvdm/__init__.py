@@ -38,6 +38,8 @@ _HOMES = {
     "bound": "runs.bound",
     "denoise": "runs.denoise",
     "score": "runs.score",
+    "flow_likelihood": "runs.flow",
+    "importance_bound": "runs.flow",
     "MedvdmError": "errors",
 }
 

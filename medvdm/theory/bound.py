@@ -131,9 +131,17 @@ def decode_z0(model: Diffusion, f: Float[Array, "n *latent"], key: PRNGKeyArray 
     r"""Decode a draw :math:`z_0 \sim q(z_0 | x)`, rescaled to :math:`z_0 / \alpha_0`; without a key, its mean f."""
     if key is None:
         return model.decode(f)
-    gamma_0 = model.gamma(jnp.zeros(()))
-    # z_0 / alpha_0 = f + e^{gamma_0 / 2} eps: the decoder sees the encoding's own scale at every gamma_0.
-    return model.decode(f + jnp.exp(0.5 * gamma_0) * jax.random.normal(key, f.shape))
+    return decode_at(model, f, jax.random.normal(key, f.shape))
+
+
+def decode_at(
+    model: Diffusion, f: Float[Array, "n *latent"], eps: Float[Array, "n *latent"]
+) -> Float[Array, "n *shape"]:
+    r"""Decode :math:`z_0 / \alpha_0 = f + e^{\gamma_0 / 2} \epsilon`, z_0 with noise that is given.
+
+    The decoder sees the encoding's own scale at every gamma_0.
+    """
+    return model.decode(f + jnp.exp(0.5 * model.gamma(jnp.zeros(()))) * eps)
 
 
 def reconstruction_loss(
