@@ -51,6 +51,7 @@ from medvdm.theory.bound import Diffusion, decode_at, per_image
 DIVERGENCES = ("auto", "exact", "rademacher", "gaussian")
 MOST_EXACT = 128  #: numbers in z up to which 'auto' is exact
 COLUMNS = 64  #: of the Jacobian, computed at once
+FIRST_STEP = 0.1  #: in gamma; the next ones find their own size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def log_density(
         diffrax.Tsit5(),
         t0=low,
         t1=high,
-        dt0=None,
+        dt0=FIRST_STEP,
         y0=(z, jnp.zeros((rows, z.shape[0]), z.dtype)),
         stepsize_controller=diffrax.PIDController(rtol=config.rtol, atol=config.atol, norm=_largest_error),
         max_steps=config.max_steps,
@@ -188,8 +189,7 @@ def log_density(
     return Flow(
         log_density=at_end[None] + dimensions * integral,
         z_1=z_1,
-        # Six stages a step, the seventh being the first of the next; one before the first step and one to choose it.
-        evaluations=6 * solution.stats["num_steps"] + 2,
+        evaluations=6 * solution.stats["num_steps"] + 1,  # seven stages, the last of which is the next step's first
         finished=solution.result == diffrax.RESULTS.successful,
     )
 
