@@ -52,11 +52,12 @@ def test_each_image_has_the_sum_of_its_stages_and_steps_of_its_own(networks):
         ]
 
     stages = alone(params, X[1:2], LABELS[1:2], keys[1])
-    assert found.nats[0, 1] == pytest.approx(-sum(float(stage.log_weight[0]) for stage in stages), rel=1e-3)
+    nats = -sum(float(stage.log_weight[0]) for stage in stages)
+    assert found.nats[0, 1] == pytest.approx(nats, abs=2e-2 * 40), "twice the tolerance per dimension, of which 8 + 32"
     evaluations = sum(int(stage.evaluations) for stage in stages)
     assert abs(found.evaluations[0, 1] - evaluations) <= 12, "a step that is on the verge may be taken twice"
     variance = sum(float(stage.probe_variance[0]) for stage in stages)
-    assert found.probe_variance[0, 1] == pytest.approx(variance, rel=0.05)
+    assert found.probe_variance[0, 1] == pytest.approx(variance, rel=0.1)
 
 
 def test_labels_count_and_numbers_that_are_none_are_refused(networks):
@@ -74,11 +75,11 @@ def test_paths_of_every_stage_are_weighed(networks):
     key = jax.random.fold_in(jax.random.fold_in(KEY, 1), 0)
 
     @jax.jit
-    def first(params, x):
+    def first(params, x, labels):
         part = cascade.stages(vdm.merge(graph, params), x)[0]
-        return importance.chain_log_weight(part.model, part.images, LABELS, key=key, steps=7)
+        return importance.chain_log_weight(part.model, part.images, labels, key=key, steps=7)
 
-    np.testing.assert_allclose(found[0, 1], first(params, X), rtol=1e-4)
+    np.testing.assert_allclose(found[0, 1], first(params, X, LABELS), rtol=1e-4)
     broken = jax.tree.map(lambda p: p * jnp.nan, params)
     with pytest.raises(DivergedError, match="importance: a weight is not finite"):
         flow_.chain_log_weights(graph, broken, X, LABELS, draws=1, steps=7, key=KEY)
