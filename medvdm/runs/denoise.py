@@ -26,6 +26,7 @@ from medvdm.runs.run import Run
 from medvdm.runs.sample import check_seed
 from medvdm.runs.store import atomic
 from medvdm.theory.anscombe import stabilised, unstabilised
+from medvdm.theory.clipping import unclipped
 
 DEFAULTS = DenoiseConfig()
 _BEYOND = 8.0  #: deviations of the noise; no pixel of ten million is as far from the truth
@@ -67,7 +68,8 @@ def denoise(run: Run, images: np.ndarray, config: DenoiseConfig = DEFAULTS, **ch
     Args:
         run: from :func:`medvdm.load`, of a diffusion on pixels.
         images: (n, h, w) or (n, h, w, c); uint8, or float with the gray scale from 0 to 1, out of which noise may have
-            led. Of uint8 images the truth is taken to have whole gray values, of others not.
+            led. Of uint8 images the truth is taken to have whole gray values, of others not. Noise that was cut off at
+            black or white has another mean there, which is made good (:mod:`medvdm.theory.clipping`).
         config: the settings.
         changes: settings of :class:`medvdm.runs.config.DenoiseConfig` by name: ``noise``, ``gain``, ``samples``,
             ``steps``, ``seed``.
@@ -108,7 +110,6 @@ class _One:
 
 def _one(run: Run, y: np.ndarray, config: DenoiseConfig, eight_bit: bool) -> _One:
     """One image (h, w, c), on the scale of the network and back."""
-    into, back = _scales(config)
     least, most = models_denoise.noise_range(run.model)
     if config.gain:
         noise = _stable_noise(config)
@@ -127,6 +128,7 @@ def _one(run: Run, y: np.ndarray, config: DenoiseConfig, eight_bit: bool) -> _On
             f"images: values from {low:g} to {high:g}; expected 0 to 1 and what noise of {deviation:.3g} adds "
             "(divide by the largest value that your source can hold)"
         )
+    into, back = _scales(config, noise, clipped=low == 0.0 and high <= 1.0 or high == 1.0 and low >= 0.0)
     u = jnp.asarray(into(y), jnp.float32)
     shared = {"graph": run.graph}
     rounding = eight_bit and not config.gain
@@ -145,10 +147,17 @@ def _one(run: Run, y: np.ndarray, config: DenoiseConfig, eight_bit: bool) -> _On
     return _One(back(found[0]).astype(np.float32), back(drawn).astype(np.float32), noise)
 
 
-def _scales(config: DenoiseConfig) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-    """From gray values to the scale of the network, on which noise is the same everywhere, and back."""
+_Change = Callable[[np.ndarray], np.ndarray]
+
+
+def _scales(config: DenoiseConfig, noise: float, *, clipped: bool) -> tuple[_Change, _Change]:
+    """From gray values to the scale of the network, on which noise is the same everywhere, and back.
+
+    An image that reaches an end of the gray scale and nowhere exceeds it has been clipped there, which the way back
+    undoes.
+    """
     if not config.gain:
-        return lambda y: y, lambda x: x
+        return lambda y: y, lambda x: unclipped(x, noise) if clipped else x
     low, high = _stable_ends(config)
     return (
         lambda y: (stabilised(y, config.gain, float(config.noise)) - low) / (high - low),

@@ -29,6 +29,7 @@ from medvdm.runs import denoise as denoise_
 from medvdm.runs.denoise import denoise, denoise_files
 from medvdm.runs.provenance import PROCESSED, PROVENANCE_CHUNK
 from medvdm.runs.run import Run
+from medvdm.theory.clipping import unclipped
 
 NOISE = 0.05
 SIDES = (22, 18)
@@ -115,6 +116,22 @@ def test_noise_of_floats_may_lead_out_of_the_gray_scale_but_not_far(pixels):
     for wrong in (255 * y, np.where(y > 0.6, np.nan, y), y - 1):
         with pytest.raises(InputError, match="^images: values from .*; expected 0 to 1 and what noise of 0.05 adds"):
             of(pixels, wrong)
+
+
+def test_noise_that_was_cut_off_at_black_is_made_good(pixels):
+    """By the inverse of its mean, where the image reaches an end of the scale and nowhere exceeds it."""
+
+    def network(y):
+        y = jnp.asarray(y, jnp.float32)[None, ..., None]
+        found = models_denoise.mean(pixels.params, y, jnp.full((1,), NOISE), graph=pixels.graph, rounding=False)
+        return np.asarray(found)[0, ..., 0]
+
+    free = gray() - 0.3
+    assert free.min() < 0
+    np.testing.assert_allclose(of(pixels, free), network(free), atol=1e-5)
+    cut = np.clip(free, 0, 1)
+    np.testing.assert_allclose(of(pixels, cut), unclipped(network(cut), NOISE), atol=1e-5)
+    assert np.abs(of(pixels, cut) - network(cut)).max() > NOISE / 10
 
 
 def test_noise_is_estimated_in_each_image(pixels):
