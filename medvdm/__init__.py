@@ -32,8 +32,14 @@ _HOMES = {
     "load": "runs.run",
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
+    "inpaint": "runs.inpaint",
+    "restore": "runs.inpaint",
     "audit": "runs.audit",
     "bound": "runs.bound",
+    "denoise": "runs.denoise",
+    "score": "runs.score",
+    "flow_likelihood": "runs.flow",
+    "importance_bound": "runs.flow",
     "MedvdmError": "errors",
 }
 

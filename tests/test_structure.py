@@ -25,7 +25,19 @@ MODULES = sorted(
 )
 SECONDS = 2.5
 #: Loaded when they are first used, and never by `import medvdm`.
-LATE = ("matplotlib", "orbax", "grain", "PIL", "skimage", "sklearn", "tyro", "pooch", "pydicom", "imagecodecs")
+LATE = (
+    "matplotlib",
+    "orbax",
+    "grain",
+    "PIL",
+    "skimage",
+    "sklearn",
+    "tyro",
+    "pooch",
+    "pydicom",
+    "imagecodecs",
+    "diffrax",
+)
 
 
 def in_new_process(code: str, folder: Path) -> Any:

@@ -71,7 +71,7 @@ def main() -> None:
     def drawn(sampler: str, grid: str, evaluations: int, seed: int = SEED) -> np.ndarray:
         steps = evaluations // SOLVERS[sampler].evaluations
         images = medvdm.sample(
-            run, options.num, steps=steps, sampler=sampler, grid=grid, seed=seed, batch_size=32
+            run, options.num, steps=steps, sampler=sampler, grid=grid, seed=seed, batch_size=64
         ).images
         names = np.array([f"sample {i}" for i in range(len(images))])
         found = compare_set(Set(images, names), held_out, space, seed=SEED)

@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | audit | benchmark``.
+"""The command line: ``medvdm train | evaluate | sample | inpaint | audit | denoise | score | benchmark``.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -55,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of(argv: Sequence[str]) -> str | None:
-    """The value of --out, in either spelling."""
+    """The value of --out or --maps, in either spelling."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == "--out":
-            return following
-        if word.startswith("--out="):
-            return word.removeprefix("--out=")
+        name, equals, value = word.partition("=")
+        if name in ("--out", "--maps"):
+            return value if equals else following
     return None
 
 
@@ -105,7 +104,10 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "sample": _sample,
+        "inpaint": _inpaint,
         "audit": _audit,
+        "denoise": _denoise,
+        "score": _score,
         "benchmark": _benchmark,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -116,6 +118,9 @@ def _dispatch(argv: list[str]) -> int:
             "  train      train a model and leave a run in a folder\n  evaluate   the bound of a run on held-out images"
         )
         print("  sample     draw synthetic images from a run\n  audit      samples of a run held against real images")
+        print("  inpaint    draw the pixels of an image under a mask, given the others")
+        print("  denoise    remove the noise of image files with a run on pixels")
+        print("  score      what images cost a run in bits, and which are unusual")
         print("  benchmark  step time against a plain JAX step")
         print("\n'medvdm COMMAND --help' lists the options of a command.")
         return 0 if argv else 2
@@ -222,6 +227,21 @@ def _sample(argv: list[str]) -> int:
     return 0
 
 
+def _inpaint(argv: list[str]) -> int:
+    from medvdm.cli.options import Inpaint
+
+    args = parse(Inpaint, argv, "inpaint")
+
+    from medvdm.runs.inpaint import inpaint_file
+    from medvdm.runs.run import load
+
+    for path in inpaint_file(
+        load(args.run, ema=args.ema, step=args.step), args.file, args.mask, args.out, args.filling
+    ):
+        print(f"partly synthetic image: {path}")
+    return 0
+
+
 def _audit(argv: list[str]) -> int:
     from medvdm.cli.options import Audit
 
@@ -237,6 +257,48 @@ def _audit(argv: list[str]) -> int:
     if first:
         print(json.dumps(result) if args.json else audit_table(result))
     return 0
+
+
+def _denoise(argv: list[str]) -> int:
+    from medvdm.cli.options import Denoise
+
+    args = parse(Denoise, argv, "denoise")
+
+    from medvdm.runs.denoise import Result, denoise_files
+    from medvdm.runs.run import load
+
+    def say(result: Result) -> None:
+        if result.error is not None:
+            _complain(result.error)
+            return
+        print(f"{result.file}: {', '.join(map(str, reversed(result.written)))}")
+        for note in result.notes:
+            print(f"note: {result.file}: {note}", file=sys.stderr)
+
+    run = load(args.run, ema=args.ema, step=args.step)
+    results = denoise_files(run, args.files, args.out, args.denoising, done=say)
+    return 1 if any(result.error for result in results) else 0
+
+
+def _score(argv: list[str]) -> int:
+    from medvdm.cli.options import Score
+
+    args = parse(Score, argv, "score")
+
+    from medvdm.cli.tables import score_table
+    from medvdm.runs.run import load, load_data
+    from medvdm.runs.score import score_files
+
+    run = load(args.run, ema=args.ema, step=args.step)
+    data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
+    result = score_files(run, args.files, args.score, maps=args.maps, data=data, window=args.window)
+    for one in result["failed"]:
+        _complain(one["problem"])
+    if args.json:
+        print(json.dumps(result))
+    elif result["images"]:
+        print(score_table(result))
+    return 1 if result["failed"] else 0
 
 
 def _benchmark(argv: list[str]) -> int:

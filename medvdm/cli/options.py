@@ -14,7 +14,17 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from medvdm.data import DataConfig
 from medvdm.models.vdm import VDMConfig
-from medvdm.runs.config import AuditConfig, BenchmarkConfig, EvaluateConfig, KeepConfig, RunConfig, SampleConfig
+from medvdm.runs.config import (
+    AuditConfig,
+    BenchmarkConfig,
+    DenoiseConfig,
+    EvaluateConfig,
+    InpaintConfig,
+    KeepConfig,
+    RunConfig,
+    SampleConfig,
+    ScoreConfig,
+)
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
 
@@ -147,6 +157,32 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Filled(InpaintConfig):
+    """How what is not known is drawn."""
+
+    label: Labels = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """Draw the pixels of an image under a mask, given all others; for runs of a diffusion on pixels."""
+
+    run: RunFolder
+    """Folder of the run."""
+    file: Positional[Annotated[str, arg(metavar="FILE")]]
+    """The image, of the run's size."""
+    mask: Annotated[str, arg(metavar="FILE")]
+    """An image of the same size, white where pixels are to be drawn and black where they are kept."""
+    out: Annotated[str, arg(metavar="FILE")]
+    """PNG to write; of several samples NAME-sample-1.png and so on, for NAME.png."""
+    filling: Filled = field(default_factory=Filled)
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Held(AuditConfig):
     """How the samples are drawn, and which real images they are held against."""
 
@@ -169,6 +205,53 @@ class Audit:
     json: bool = False
     """Print one JSON object and nothing else."""
     processes: Processes = field(default_factory=Processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed(DenoiseConfig):
+    """How noise is removed."""
+
+    noise: Annotated[float | Literal["auto"], arg(metavar="auto|S")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise:
+    """Remove the noise of image files with a run on pixels: PNG, JPEG, TIFF, BMP or DICOM."""
+
+    run: RunFolder
+    """Folder of the run."""
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILE...")]] = ()
+    """Images, of which out gets NAME.png, NAME-sample-1.png, ..., NAME-std.png, and NAME.dcm of a DICOM file."""
+    out: Annotated[str, arg(metavar="DIR")]
+    """Folder to write into, made if it is not there."""
+    denoising: Removed = field(default_factory=Removed)
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What each image costs in bits, where that lies among held-out images, and which tests call it unusual."""
+
+    run: RunFolder
+    """Folder of the run, of a model of 8-bit gray values."""
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILE...")]] = ()
+    """Images: PNG, JPEG, TIFF, BMP or DICOM."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    maps: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Folder for a map of each image's bits."""
+    window: Annotated[str | None, arg(metavar="LOW,HIGH")] = None
+    """Stored values that become black and white, or full, which is each file's own range; by default the run's."""
+    data_dir: Annotated[str | None, arg(metavar="PATH")] = None
+    """Where the run's own images are now; by default where they were."""
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
+    ema: bool = False
+    """Use the moving average of the weights."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
-"""Results for people: what `evaluate`, `audit` and `benchmark` print without ``--json``."""
+"""Results for people: what `evaluate`, `audit`, `score` and `benchmark` print without ``--json``."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -196,3 +198,41 @@ def audit_table(r: dict[str, Any]) -> str:
             textwrap.fill(f"{'; '.join([real, *(text for name, text in _AUDIT_SETS.items() if name in r)])}.", 86),
         ]
     )
+
+
+_SCORED = {"bits": "bits", "over_gaussian": "over Gauss."}
+
+
+def score_table(r: dict[str, Any]) -> str:
+    """The scores of images for people."""
+    held_out, medians = r["held_out"], r["held_out"]["medians"]
+    n = held_out["images"]
+    titles = {name: _SCORED.get(name, name.replace("_", " ")) for name in medians}
+    width = max(12, *(len(Path(image["file"]).name) for image in r["images"]))
+
+    def row(first: str, cells: Iterable[str]) -> str:
+        return f"  {first:<{width}}" + "".join(f"{cell:>17}" for cell in cells)
+
+    lines = [
+        f"{r['run']} at step {r['step']}, {r['weights']} weights, {r['draws']} draws of noise; bits per dimension",
+        f"held against {n} validation images of {held_out['patients']} patients. Beside each value: how many of these",
+        "have less, and how many are as far from the median.",
+        row("", titles.values()),
+        row("median", (f"{value:.3f}{'':<8}" for value in medians.values())),
+    ]
+    for image in r["images"]:
+        cells = (f"{one['value']:.3f}{one['fewer']:>4}{one['as_far']:>4}" for one in image["statistics"].values())
+        lines.append(row(Path(image["file"]).name, cells))
+        found = ", ".join("bits, high" if name == "bits_high" else titles[name] for name in image["unusual"])
+        lines.append(f"    +- {image['bits_per_dim_stderr']:.4f}; unusual in: {found or 'nothing'}")
+        notes = [*image["notes"], *([] if image["map"] is None else [f"map: {image['map']}"])]
+        lines += [textwrap.fill(note, 86, initial_indent="    ", subsequent_indent="      ") for note in notes]
+    lines += [f"note: {note}" for note in r["notes"]]
+    lines.append(
+        textwrap.fill(
+            f"Unusual: at most {r['share']:.3g} of images like the validation images are so, for each test by itself. "
+            "The test 'bits, high' alone passes what is easy to describe, such as black. It is no diagnosis.",
+            86,
+        )
+    )
+    return "\n".join(lines)

@@ -176,6 +176,18 @@ def dicom_patient(path: Path) -> str:
         return dicom.patient(path)
 
 
+def not_derivable(path: Path) -> str:
+    """Why no derived file can be made of a DICOM file; '' if one can. Raises as :func:`header`."""
+    with problems_named(path), _QUIET:
+        return dicom.not_derivable(path)
+
+
+def derived_dicom(path: Path, gray: np.ndarray, description: str, series: dict[str, str]) -> bytes:
+    """See :func:`medvdm.data.dicom.derived`. Raises as :func:`header`."""
+    with problems_named(path), _QUIET:
+        return dicom.derived(path, gray, description, series)
+
+
 def _made_square(image: np.ndarray, fit: Fit) -> np.ndarray:
     height, width = image.shape[:2]
     if fit == "stretch" or height == width:
@@ -409,14 +421,14 @@ def _pil_stored(image: Image.Image, path: Path) -> Stored:
     if image.mode in ("1", "L", *_COLOUR_MODES):
         return Stored(_luminance(image, path), 0, 255)
     if image.mode.startswith("I;16") or (image.mode == "I" and not is_tiff):  # 'I': PNG in older versions of PIL
-        return Stored(np.asarray(image).astype(np.int32), 0, 2**bits - 1, white_is_zero)
+        return Stored(np.asarray(image).astype(np.int32), 0, 2**bits - 1, white_is_zero, bits)
     if image.mode == "F":
         values = np.array(image, dtype=np.float32)
         if not np.isfinite(values).all():
             raise DataError(f"{path}: found values that are not finite (nan or inf); expected numbers")
-        return Stored(values, 0, 1, white_is_zero)
+        return Stored(values, 0, 1, white_is_zero, 32)
     if image.mode == "I":
-        return Stored(np.array(image), None, None, white_is_zero)
+        return Stored(np.array(image), None, None, white_is_zero, 32)
     raise DataError(f"{path}: found pixels of kind '{image.mode}'; {_EXPECTED} of 1 to 16 bits, or float in [0, 1]")
 
 

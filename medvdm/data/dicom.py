@@ -27,11 +27,15 @@ Remarked, and otherwise ignored:
   supplemental palettes, pixels that are not square, a PatientOrientation other than left and foot, other modalities.
 
 DICOM has no checksum: a damaged value in uncompressed pixels is not found.
+
+What was made of an image can become a derived DICOM file of the same kind (:func:`derived`).
 """
 
 from __future__ import annotations
 
+import io
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +110,9 @@ def stored(path: Path) -> Stored:
     slope, intercept = _rescale(dataset, path)
     ends = [slope * value + intercept for value in _type_range(dataset)]
     kind = str(dataset.PhotometricInterpretation)
-    return Stored(words * slope + intercept, min(ends), max(ends), inverted=kind == "MONOCHROME1")
+    return Stored(
+        words * slope + intercept, min(ends), max(ends), inverted=kind == "MONOCHROME1", bits=int(dataset.BitsStored)
+    )
 
 
 def _dataset(path: Path, **options: Any) -> Any:
@@ -223,16 +229,13 @@ def _with_groups(dataset: Any, sequence: str) -> list[Any]:
 
 
 def _remarks(dataset: Any) -> list[str]:
-    from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
-
-    lossy = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000)
     spacing = [float(value) for value in (_spacing(dataset) or (1, 1))]
     orientation = [str(value) for value in dataset.get("PatientOrientation") or ()]
     image_type = [str(value) for value in dataset.get("ImageType") or ()]
     modality = _text(dataset, "Modality")
     remarks = {
         "lossily compressed (LossyImageCompression or the transfer syntax says so)": (
-            _text(dataset, "LossyImageCompression") == "01" or dataset.file_meta.TransferSyntaxUID in lossy
+            _text(dataset, "LossyImageCompression") == "01" or _is_lossy(dataset.file_meta.TransferSyntaxUID)
         ),
         "say BurnedInAnnotation YES: text in the picture, perhaps of the patient": (
             _text(dataset, "BurnedInAnnotation") == "YES"
@@ -358,3 +361,119 @@ def _overlay_bits(dataset: Any) -> int:
             bits |= 1 << int(position.value)
     inside = ((1 << int(dataset.BitsStored)) - 1) << (int(dataset.HighBit) + 1 - int(dataset.BitsStored))
     return bits & ~inside
+
+
+# ---------------------------------------------------------------- a derived file
+
+#: What says something of the old pixels that is not so of the new ones.
+_OF_THE_PIXELS = (
+    *("SmallestImagePixelValue", "LargestImagePixelValue", "SmallestPixelValueInSeries", "LargestPixelValueInSeries"),
+    *("IconImageSequence", "DigitalSignaturesSequence", "MACParametersSequence", "PixelDataProviderURL"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+)
+
+
+def not_derivable(path: Path) -> str:
+    """Why :func:`derived` makes no file of this kind; '' if it does. Raises as :func:`header`."""
+    dataset = _dataset(path, stop_before_pixels=True)
+    _check(dataset, path)
+    lacking = [name for name in ("SOPClassUID", "SOPInstanceUID") if not _text(dataset, name)]
+    reasons = {
+        f"the file has no {' and no '.join(lacking)}": bool(lacking),
+        "the file is in colour": int(dataset.get("SamplesPerPixel", 1)) != 1,
+        "its pixels have 1 bit": int(dataset.BitsAllocated) == 1,
+        "the file is an enhanced one, with functional groups": "SharedFunctionalGroupsSequence" in dataset,
+        "its byte order is the retired big endian": not dataset.file_meta.TransferSyntaxUID.is_little_endian,
+    }
+    return next((reason for reason, true in reasons.items() if true), "")
+
+
+def derived(path: Path, gray: np.ndarray, description: str, series: dict[str, str]) -> bytes:
+    """What was made of a DICOM image as a DICOM file: a derived image of the same patient, study and kind.
+
+    Bits, PixelRepresentation, PhotometricInterpretation, rescaling, windows and overlays stay as they are, and so do
+    pixels that PixelPaddingValue says are none; the values are stored uncompressed. It has a SOPInstanceUID and a
+    SeriesInstanceUID of its own, ImageType DERIVED\\SECONDARY, the source in SourceImageSequence, and says in
+    DerivationDescription and ContributingEquipmentSequence what was done. LossyImageCompression says 01 where that was
+    ever done to the source. What describes the old pixels (least and greatest value, icon, signatures) is left out.
+
+    Args:
+        path: the source; :func:`not_derivable` says '' of it.
+        gray: (Rows, Columns) in [0, 1], as :func:`medvdm.data.convert.read_gray` gives the source's.
+        description: what was done, in ASCII; at most 1,024 characters.
+        series: SeriesInstanceUIDs of the derived images by those of their sources. One that is missing is added, so the
+            images of a series stay together where the same dict is given.
+    """
+    from pydicom.dataset import Dataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    dataset = _dataset(path)
+    before = _words(dataset, path)
+    low, high = _type_range(dataset)
+    kind = _text(dataset, "PhotometricInterpretation")
+    unit = np.clip(np.asarray(gray, np.float64), 0.0, 1.0)
+    if (kind == "MONOCHROME1") != (_rescale(dataset, path)[0] < 0):  # each of the two turns the gray scale round
+        unit = 1.0 - unit
+    words = np.where(_padding(dataset, before), before, np.rint(low + unit * (high - low)).astype(np.int64))
+
+    lossy = _text(dataset, "LossyImageCompression") == "01" or _is_lossy(dataset.file_meta.TransferSyntaxUID)
+    for name in _OF_THE_PIXELS:
+        if name in dataset:
+            del dataset[name]
+    for group in range(0x6000, 0x6020, 2):
+        if (group, 0x0102) in dataset and (group, 0x3000) not in dataset:  # its bits were beside the pixels'
+            for tag in [tag for tag in dataset.keys() if tag.group == group]:
+                del dataset[tag]
+
+    source = Dataset()
+    source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    source.PurposeOfReferenceCodeSequence = [_code("121322", "Source image for image processing operation")]
+    equipment = Dataset()
+    equipment.PurposeOfReferenceCodeSequence = [_code("109102", "Processing Equipment")]
+    equipment.Manufacturer, equipment.ContributionDescription = "medvdm", description[:1024]
+    now = datetime.now()
+    dataset.SourceImageSequence = [source]
+    dataset.ContributingEquipmentSequence = [*(dataset.get("ContributingEquipmentSequence") or ()), equipment]
+    dataset.DerivationDescription = description[:1024]
+    dataset.DerivationCodeSequence = [_code("113087", "Smoothing")]
+    dataset.ImageType = ["DERIVED", "SECONDARY", *[str(value) for value in dataset.get("ImageType") or ()][2:]]
+    dataset.InstanceCreationDate = dataset.ContentDate = now.strftime("%Y%m%d")
+    dataset.InstanceCreationTime = dataset.ContentTime = now.strftime("%H%M%S")
+    dataset.SeriesInstanceUID = series.setdefault(_text(dataset, "SeriesInstanceUID"), generate_uid())
+    dataset.SeriesNumber = None  # that of the source is taken
+    dataset.SeriesDescription = f"{_text(dataset, 'SeriesDescription')[:54]} denoised".strip()
+    if lossy:
+        dataset.LossyImageCompression = "01"
+
+    number = f"{'i' if low < 0 else 'u'}{int(dataset.BitsAllocated) // 8}"
+    bits = int(dataset.BitsStored)
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.set_pixel_data(words.astype(f"<{number}"), kind, bits, generate_instance_uid=True)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    file = io.BytesIO()
+    dataset.save_as(file, implicit_vr=False, little_endian=True, enforce_file_format=True)
+    return file.getvalue()
+
+
+def _padding(dataset: Any, words: np.ndarray) -> np.ndarray:
+    """Where a stored value says that there is no image."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(words.shape, bool)
+    ends = sorted((int(value), int(dataset.get("PixelPaddingRangeLimit") or value)))
+    return (words >= ends[0]) & (words <= ends[1])
+
+
+def _code(value: str, meaning: str) -> Any:
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+def _is_lossy(syntax: Any) -> bool:
+    from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
+
+    return syntax in (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000)

@@ -50,12 +50,14 @@ class Stored:
         low: least value that the file could hold; None if the file states no range.
         high: greatest value that the file could hold; None if the file states no range.
         inverted: whether large values are dark.
+        bits: of a value in the file; 32 for a float.
     """
 
     values: np.ndarray
     low: float | None
     high: float | None
     inverted: bool = False
+    bits: int = 8
 
     def gray(self, name: str, window: Window | None = None) -> np.ndarray:
         """(H, W), bright is large: (value - low) / (high - low), as float32 in [0, 1], or the bytes themselves.

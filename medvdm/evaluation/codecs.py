@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from medvdm.errors import DataError, InputError, InputTypeError, MissingPackageError
+from medvdm.errors import DataError, InputError, InputTypeError, MissingPackageError, nearest
 from medvdm.evaluation.statistics import clustered_stderr
 from medvdm.images import channels_last, default_columns
 
@@ -105,18 +105,22 @@ def check() -> None:
     _load()
 
 
-def file_bytes(levels: np.ndarray) -> dict[str, np.ndarray]:
+def file_bytes(levels: np.ndarray, names: Sequence[str] = tuple(CODECS)) -> dict[str, np.ndarray]:
     """The size in bytes of every image's file, for each codec, as integers (n,) in the order of the images.
 
     Args:
         levels: (n, h, w, c) or (n, h, w) uint8, gray or RGB.
+        names: which of :data:`CODECS`.
 
     Raises:
-        InputError, InputTypeError: levels of another shape or dtype.
+        InputError, InputTypeError: levels of another shape or dtype; an unknown codec.
         MissingPackageError: imagecodecs is not installed or lacks a codec.
         DataError: a codec cannot store an image, or does not give it back.
     """
-    return _file_bytes(_as_levels(levels))
+    for name in names:
+        if name not in CODECS:
+            raise InputError(f"codec: '{name}'; {nearest(name, CODECS)}")
+    return _file_bytes(_as_levels(levels), names)
 
 
 def sheets(levels: np.ndarray) -> list[np.ndarray]:
@@ -145,13 +149,13 @@ def _as_levels(levels: np.ndarray) -> np.ndarray:
     return channels_last(levels, "levels")
 
 
-def _file_bytes(images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+def _file_bytes(images: Iterable[np.ndarray], names: Sequence[str] = tuple(CODECS)) -> dict[str, np.ndarray]:
     """The same for images (h, w, c) that may differ in size."""
     codecs = _load()
-    tasks = [(name, i, image, *codecs[name]) for i, image in enumerate(images) for name in CODECS]
+    tasks = [(name, i, image, *codecs[name]) for i, image in enumerate(images) for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:  # a thread holds one file, and returns its size
         sizes = list(pool.map(lambda task: _size(*task), tasks))
-    return {name: np.array(sizes[k :: len(CODECS)], np.int64) for k, name in enumerate(CODECS)}
+    return {name: np.array(sizes[k :: len(names)], np.int64) for k, name in enumerate(names)}
 
 
 def _load() -> dict[str, tuple[Encoder, Decoder]]:

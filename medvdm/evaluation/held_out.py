@@ -68,17 +68,25 @@ class Terms(NamedTuple):
 
     @property
     def stderr(self) -> np.ndarray:
-        r"""(n,) standard error of each image's mean over its D draws; NaN for one draw.
+        """(n,) standard error of each image's mean over its draws, :func:`stderr_of_draws`."""
+        return stderr_of_draws(self.total)
 
-        .. math:: \sqrt{\frac{1}{2 D (D - 1)} \sum_{d=1}^{D-1} (\ell_d - \ell_{d-1})^2}
 
-        from draws that follow one another in time: what changes slowly with time is no error of a mean over times that
-        are spread evenly. With few draws it errs on the large side, since the loss changes from one to the next.
-        """
-        draws = len(self.reconstruction)
-        if draws < 2:
-            return np.full(self.reconstruction.shape[1], math.nan)
-        return np.sqrt((np.diff(self.total, axis=0) ** 2).sum(axis=0) / (2 * draws * (draws - 1)))
+def stderr_of_draws(totals: np.ndarray) -> np.ndarray:
+    r"""(n,) standard error of each image's mean over its D draws; NaN for one draw.
+
+    .. math:: \sqrt{\frac{1}{2 D (D - 1)} \sum_{d=1}^{D-1} (\ell_d - \ell_{d-1})^2}
+
+    from draws that follow one another in time: what changes slowly with time is no error of a mean over times that are
+    spread evenly. With few draws it errs on the large side, since the loss changes from one to the next.
+
+    Args:
+        totals: (draws, n), the negative bound.
+    """
+    draws = len(totals)
+    if draws < 2:
+        return np.full(totals.shape[1], math.nan)
+    return np.sqrt((np.diff(totals, axis=0) ** 2).sum(axis=0) / (2 * draws * (draws - 1)))
 
 
 class ImageResults(NamedTuple):

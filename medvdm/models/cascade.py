@@ -95,17 +95,15 @@ def stage_terms(
     parts: list[Stage], labels: Float[Array, "n k"] | None = None, *, key: PRNGKeyArray, **settings: Any
 ) -> list[bound.Bound]:
     """:func:`medvdm.theory.bound.terms` of each stage. The last has the key as it is, as a model without a base has."""
-    last = len(parts) - 1
     return [
-        bound.terms(
-            part.model,
-            part.images,
-            labels,
-            key=key if i == last else jax.random.fold_in(key, last - i),
-            **settings,
-        )
-        for i, part in enumerate(parts)
+        bound.terms(part.model, part.images, labels, key=own, **settings)
+        for part, own in zip(parts, _stage_keys(key, len(parts)), strict=True)
     ]
+
+
+def _stage_keys(key: PRNGKeyArray, count: int) -> list[PRNGKeyArray]:
+    """A key for each stage; the last has the key as it is."""
+    return [*(jax.random.fold_in(key, number) for number in range(count - 1, 0, -1)), key]
 
 
 def terms(
@@ -119,6 +117,28 @@ def terms(
     """:func:`medvdm.theory.bound.terms` of whole images, the sum over the stages; nats per image."""
     every = stage_terms(stages(model, x), labels, key=key, times=times)
     return bound.Bound(*(sum(term) for term in zip(*every, strict=True)))._replace(times=every[-1].times)
+
+
+def map_of_terms(
+    model: Any,
+    x: Num[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None = None,
+    *,
+    key: PRNGKeyArray,
+    times: Float[Array, " n"],
+) -> Float[Array, "n h w c"]:
+    """Where the bound of whole images spends its nats: :func:`terms` value by value, all terms and stages together.
+
+    What a value of a reduced copy costs is spread evenly over the k x k values that it stands for, so that the map sums
+    to the total of :func:`terms` with the same key.
+    """
+    parts = stages(model, x)
+    whole = jnp.zeros(x.shape)
+    for part, own in zip(parts, _stage_keys(key, len(parts)), strict=True):
+        k = x.shape[1] // part.images.shape[1]
+        found = bound.pixel_terms(part.model, part.images, labels, key=own, times=times).total
+        whole = whole + enlarged(found, k) / k**2
+    return whole
 
 
 def cut(

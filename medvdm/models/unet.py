@@ -244,19 +244,38 @@ class UNet(nnx.Module):
         shown: Float[Array, "n h w c"] | None = None,
     ) -> Float[Array, "n h w c"]:
         r"""What the network says, read as :math:`\hat\epsilon`: no weights from here on."""
+        alpha, sigma = (jnp.sqrt(gaussian.sigma2(sign * gamma))[:, None, None, None] for sign in (-1.0, 1.0))
+        eps_hat, centre, left = self._read(said, z, gamma)
+        if left is None:
+            return eps_hat
+        known, left = (centre, left) if shown is None else with_mean(centre, left, shown, self.reduce)
+        return eps_hat + alpha * (centre - level_mean(known, jnp.sqrt(left))) / sigma
+
+    def centre(
+        self, z: Float[Array, "n h w c"], condition: Any, shown: Float[Array, "n h w c"] | None = None
+    ) -> Float[Array, "n h w c"]:
+        r"""The clean image before it is rounded: :math:`\hat x` of gray values that need not be one of 256.
+
+        It is the centre c of the law over gray values, which knows of the reduced image, and where the network knows of
+        no rounding it is :math:`\hat x` itself. Arguments as of a call.
+        """
+        _, centre, left = self._read(self.answers(z, condition, shown), z, condition[1])
+        return centre if shown is None or left is None else with_mean(centre, left, shown, self.reduce)[0]
+
+    def _read(
+        self, said: Float[Array, "n h w answers"], z: Float[Array, "n h w c"], gamma: Float[Array, " m"]
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"], Float[Array, "n h w c"] | None]:
+        r"""The noise and the clean image before any rounding, and :math:`d^2`, the variance of the latter's pixels."""
         gamma = gamma[:, None, None, None]
         alpha2, sigma2 = gaussian.sigma2(-gamma), gaussian.sigma2(gamma)  # alpha^2 = sigmoid(-gamma)
         alpha, sigma = jnp.sqrt(alpha2), jnp.sqrt(sigma2)
         total = alpha2 * PIXEL_VARIANCE + sigma2
         eps_hat = (sigma * z + jnp.sqrt(alpha2 * PIXEL_VARIANCE * total) * said[..., : z.shape[-1]]) / total
+        centre = (z - sigma * eps_hat) / alpha
         if not self.rounding:
-            return eps_hat
+            return eps_hat, centre, None
         variance = jnp.exp(jnp.clip(2.0 * said[..., z.shape[-1] :] - 5.0, -14.0, 3.0))
-        left = sigma2 * variance / (alpha2 * variance + sigma2)  # d^2
-        centre = known = (z - sigma * eps_hat) / alpha
-        if shown is not None:
-            known, left = with_mean(centre, left, shown, self.reduce)
-        return eps_hat + alpha * (centre - level_mean(known, jnp.sqrt(left))) / sigma
+        return eps_hat, centre, sigma2 * variance / (alpha2 * variance + sigma2)
 
 
 def with_mean(

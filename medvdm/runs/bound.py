@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import flax.nnx as nnx
 import jax
@@ -17,6 +19,8 @@ from medvdm.models import vdm
 from medvdm.models.likelihoods import check_levels
 from medvdm.runs.run import Run
 from medvdm.theory.bound import bits_per_dim
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,31 +103,50 @@ def bound(
         InputTypeError: images or labels of another dtype; images that are not uint8 for an 8-bit likelihood.
         RunError: labels, or the null, that the run was never trained with.
     """
-    images = _levels(np.asarray(images)) if run.eight_bit else as_images(np.asarray(images))
-    config = run.config.model
-    if images.shape[1:] != config.image_shape:
-        raise InputError(f"images: shape {images.shape}; expected (n, *{config.image_shape}), that of the run")
-    held_out.check_counts(draws, batch_size, seed)
-    if draws < 2:
-        raise InputError(f"draws: {draws}; expected at least 2, for a standard error")
-    run.require_trained(null=labels is None, labels=labels is not None)
-    hot = None if labels is None else _multi_hot(np.asarray(labels), len(images), run)
-    found = held_out.by_batches(
-        lambda rows: (images[rows], None if hot is None else hot[rows]),
-        len(images),
-        partial(_terms_of_batch, graph=run.graph, draws=draws),
-        run.params,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    terms, floor = found
+    each = partial(_terms_of_batch, draws=draws)
+    terms, floor = by_batches(run, images, labels, each, draws=draws, batch_size=batch_size, seed=seed)
     return ImageBound(
         nats=terms.total.mean(axis=0),
         stderr=terms.stderr,
         **{name: term.mean(axis=0) for name, term in terms._asdict().items()},
         floor=floor,
         draws=draws,
-        image_shape=config.image_shape,
+        image_shape=run.config.model.image_shape,
+    )
+
+
+def by_batches(
+    run: Run,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    each: Callable[..., T],
+    *,
+    draws: int,
+    batch_size: int,
+    seed: int,
+) -> T:
+    """Do the same with every batch of given images, which are taken and refused as :func:`bound` does.
+
+    Args:
+        run, images, labels, draws, batch_size, seed: of :func:`bound`.
+        each: as :func:`medvdm.evaluation.held_out.by_batches` takes it, with the keyword ``graph`` besides.
+    """
+    images = _levels(np.asarray(images)) if run.eight_bit else as_images(np.asarray(images))
+    shape = run.config.model.image_shape
+    if images.shape[1:] != shape:
+        raise InputError(f"images: shape {images.shape}; expected (n, *{shape}), that of the run")
+    held_out.check_counts(draws, batch_size, seed)
+    if draws < 2:
+        raise InputError(f"draws: {draws}; expected at least 2, for a standard error")
+    run.require_trained(null=labels is None, labels=labels is not None)
+    hot = None if labels is None else _multi_hot(np.asarray(labels), len(images), run)
+    return held_out.by_batches(
+        lambda rows: (images[rows], None if hot is None else hot[rows]),
+        len(images),
+        partial(each, graph=run.graph),
+        run.params,
+        batch_size=batch_size,
+        seed=seed,
     )
 
 

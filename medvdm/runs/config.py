@@ -117,6 +117,32 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InpaintConfig:
+    """How what is not known of an image is drawn."""
+
+    samples: int = 1
+    """How many draws of each image."""
+    steps: int = 50
+    """Steps T of the chain, of each stage of a cascade."""
+    sampler: typing.Literal["ancestral", "ddim", "heun", "dpmpp"] = "dpmpp"
+    """What a step is, as of sample."""
+    turns: int = 5
+    """How long a step solves for what is known, at most; each turn costs about as much as the network. 0 only puts in
+    what is known."""
+    label: tuple[str, ...] = ()
+    """Class to draw from, given again for each further one; by default the model's null, 'no label given'."""
+    guidance: float = 0.0
+    """Guidance weight w in eps = (1 + w) conditional - w null; needs a label."""
+    seed: int = 0
+    """Seed; draw j of image i of a seed is always the same, however many are drawn."""
+    batch_size: int = 8
+    """Images drawn at a time; it changes the speed and the memory only."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", labels_of(self.label))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditConfig(SampleConfig):
     """How samples of a run are audited: how they are drawn, and which real images they are held against."""
 
@@ -126,6 +152,41 @@ class AuditConfig(SampleConfig):
     """The real images that all are held against, val or test; with a label, those that have it."""
     seed: int = 0
     """Seed of the samples, of which real images are drawn, of the pairs and the folds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseConfig:
+    """How noise is removed from images."""
+
+    noise: float | typing.Literal["auto"] = "auto"
+    """Deviation of the noise in gray values on [0, 1], or auto, estimated in each image; with a gain, of the
+    electronic noise."""
+    gain: float = 0.0
+    """Low dose: gray values per photon, whose noise grows with the signal; 0 is noise that is the same everywhere."""
+    samples: int = 0
+    """Draws from the posterior beside its mean; from two on, their spread is a map of doubt."""
+    steps: int = 100
+    """Steps of the chain of each draw; with 25, draws are a tenth too alike."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How images are scored, and against how many held-out ones."""
+
+    draws: int = 16
+    """Draws of time and noise per image, the times spread evenly; the standard error needs at least 2."""
+    held_out: int = 256
+    """Validation images of the run's own data that each image is placed among, at most."""
+    share: float = 0.05
+    """Of images like the held-out ones, the share that a test may call unusual."""
+    codec: typing.Literal["none", "png", "webp", "jpegls", "jxl"] = "none"
+    """Also measure the bits above the size of a lossless file of the same image (extra codecs)."""
+    seed: int = 0
+    """Seed of the times and the noise, which are the same for all images."""
+    batch_size: int = 32
+    """Images at a time; it changes the speed and the memory only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +206,16 @@ def labels_of(label: str | Sequence[str] | None) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else tuple(map(str, label))
 
 
-Settings = TypeVar("Settings", EvaluateConfig, SampleConfig, AuditConfig, BenchmarkConfig)
+Settings = TypeVar(
+    "Settings",
+    EvaluateConfig,
+    SampleConfig,
+    InpaintConfig,
+    AuditConfig,
+    BenchmarkConfig,
+    DenoiseConfig,
+    ScoreConfig,
+)
 
 
 def settings(start: Settings, changes: dict[str, Any]) -> Settings:

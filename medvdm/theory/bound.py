@@ -131,9 +131,17 @@ def decode_z0(model: Diffusion, f: Float[Array, "n *latent"], key: PRNGKeyArray 
     r"""Decode a draw :math:`z_0 \sim q(z_0 | x)`, rescaled to :math:`z_0 / \alpha_0`; without a key, its mean f."""
     if key is None:
         return model.decode(f)
-    gamma_0 = model.gamma(jnp.zeros(()))
-    # z_0 / alpha_0 = f + e^{gamma_0 / 2} eps: the decoder sees the encoding's own scale at every gamma_0.
-    return model.decode(f + jnp.exp(0.5 * gamma_0) * jax.random.normal(key, f.shape))
+    return decode_at(model, f, jax.random.normal(key, f.shape))
+
+
+def decode_at(
+    model: Diffusion, f: Float[Array, "n *latent"], eps: Float[Array, "n *latent"]
+) -> Float[Array, "n *shape"]:
+    r"""Decode :math:`z_0 / \alpha_0 = f + e^{\gamma_0 / 2} \epsilon`, z_0 with noise that is given.
+
+    The decoder sees the encoding's own scale at every gamma_0.
+    """
+    return model.decode(f + jnp.exp(0.5 * model.gamma(jnp.zeros(()))) * eps)
 
 
 def reconstruction_loss(
@@ -145,11 +153,16 @@ def reconstruction_loss(
 
 def prior_loss(model: Diffusion, f: Float[Array, "n *latent"]) -> Float[Array, " n"]:
     r""":math:`KL(q(z_1|x) \| N(0, I)) = \frac12 \sum (\sigma_1^2 + \alpha_1^2 f^2 - 1 - \log \sigma_1^2)`; nats."""
+    return per_image(_prior_parts(model, f))
+
+
+def _prior_parts(model: Diffusion, f: Float[Array, "n *latent"]) -> Float[Array, "n *latent"]:
+    """What each dimension adds to :func:`prior_loss`."""
     gamma_1 = model.gamma(jnp.ones(()))
     # sigma^2 - 1 = -sigmoid(-gamma) and -log sigma^2 = softplus(-gamma): two small numbers where gamma_1 is large,
     # whose difference keeps its digits.
     of_noise = jax.nn.softplus(-gamma_1) - jax.nn.sigmoid(-gamma_1)
-    return 0.5 * per_image((gaussian.alpha(gamma_1) * f) ** 2 + of_noise)
+    return 0.5 * ((gaussian.alpha(gamma_1) * f) ** 2 + of_noise)
 
 
 def diffusion_loss(
@@ -169,6 +182,19 @@ def diffusion_loss(
         key: for the noise.
         probe: added to gamma and its slope (continuous time only).
     """
+    weight, errors = _noise_errors(model, f, label, u, key, probe)
+    return 0.5 * weight * per_image(errors)
+
+
+def _noise_errors(
+    model: Diffusion,
+    f: Float[Array, "n *latent"],
+    label: Float[Array, "n c"],
+    u: Float[Array, " n"],
+    key: PRNGKeyArray,
+    probe: Probe | None,
+) -> tuple[Float[Array, " n"], Float[Array, "n *latent"]]:
+    """The weight of each image's time, and the squared error of the predicted noise in each dimension."""
     if model.timesteps:
         i = step_index(u, model.timesteps)
         gamma_t = model.gamma(i / model.timesteps)
@@ -180,7 +206,7 @@ def diffusion_loss(
             gamma_t, weight = gamma_t + probe.gamma, weight + probe.slope
     eps = jax.random.normal(key, f.shape)
     z_t = gaussian.diffuse(f, eps, gaussian.align(gamma_t, f))
-    return 0.5 * weight * per_image((eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2)
+    return weight, (eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2
 
 
 def gradient_difference(x: Float[Array, "n h w c"], x_hat: Float[Array, "n h w c"]) -> Float[Array, " n"]:
@@ -232,5 +258,43 @@ def terms(
         prior=prior_loss(model, f),
         diffusion=diffusion_loss(model, f, model.embed(labels, keep, n=n), u, key_zt, probe),
         gradient_difference=difference,
-        times=step_index(u, model.timesteps) / model.timesteps if model.timesteps else u,
+        times=_used_times(model, u),
+    )
+
+
+def _used_times(model: Diffusion, u: Float[Array, " n"]) -> Float[Array, " n"]:
+    return step_index(u, model.timesteps) / model.timesteps if model.timesteps else u
+
+
+def pixel_terms(
+    model: Diffusion,
+    x: Num[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None = None,
+    *,
+    key: PRNGKeyArray,
+    times: Float[Array, " n"],
+) -> Bound:
+    """:func:`terms` of a diffusion on pixels, value by value: each sums to that of the image with the same key.
+
+    What a value of the image costs depends on all others: this is where the bound spends its nats, by one time and one
+    draw of noise per image, and no probability of a pixel.
+
+    Args:
+        model: one whose encoding has the shape of the image, with a likelihood that is independent over the values.
+        x, labels, key, times: as of :func:`terms`.
+
+    Returns:
+        ``reconstruction``, ``prior`` and ``diffusion`` of shape (n, h, w, c), in nats; none of them is negative.
+    """
+    key_z0, _, key_zt = jax.random.split(key, 3)
+    f = model.encode(x)
+    each = (x.size, 1, 1, 1)  # every value as an image of its own
+    decoded = decode_z0(model, f, key_z0)
+    weight, errors = _noise_errors(model, f, model.embed(labels, n=x.shape[0]), times, key_zt, None)
+    return Bound(
+        reconstruction=model.observation_loss(x.reshape(each), decoded.reshape(each)).reshape(x.shape),
+        prior=_prior_parts(model, f),
+        diffusion=0.5 * gaussian.align(weight, f) * errors,
+        gradient_difference=jnp.zeros(x.shape),
+        times=_used_times(model, times),
     )

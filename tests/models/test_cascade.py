@@ -542,3 +542,33 @@ def test_a_cascade_begins_at_the_first_step_with_a_start_for_each_stage(trained)
         with pytest.raises(InputError, match=says) as no:
             medvdm.sample(run, 2, steps=4, **given)
         assert "\n" not in str(no.value)
+
+
+# Where in the image
+
+
+@pytest.mark.parametrize("changes", [{"reduce": 0}, {}, {"stages": 3, "image_shape": (16, 24, 2), "base_scales": 1}])
+def test_a_map_sums_to_the_bound_of_the_whole_and_a_copy_is_spread_evenly(changes):
+    config = vdm.VDMConfig(**MODEL | changes)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
+    params = jax.tree.map(lambda p: jnp.asarray(0.15 * rng.standard_normal(p.shape), p.dtype), shapes)
+    graph, x = vdm.graph_of(config), jnp.asarray(gray(3, *config.image_shape))
+    settings = {"key": jax.random.key(5), "times": jnp.array([0.1, 0.4, 0.8])}
+
+    @jax.jit
+    def each(params, x):
+        model = vdm.merge(graph, params)
+        smaller = [part for part in cascade.stages(model, x)[:-1]]
+        last = cascade.stages(model, x)[-1]
+        own = bound.pixel_terms(last.model, last.images, **settings).total
+        return cascade.map_of_terms(model, x, **settings), cascade.terms(model, x, **settings).total, own, len(smaller)
+
+    found, total, own, copies = each(params, x)
+    assert found.shape == x.shape and copies == (config.stages - 1 if config.reduce else 0)
+    np.testing.assert_allclose(np.asarray(found, np.float64).sum(axis=(1, 2, 3)), total, rtol=1e-5)
+    k = config.reduce or 1
+    of_copies = np.asarray(found - own, np.float64)
+    cells = of_copies.reshape(3, x.shape[1] // k, k, x.shape[2] // k, k, -1)
+    np.testing.assert_allclose(cells, np.broadcast_to(cells[:, :, :1, :, :1], cells.shape), atol=1e-3)
+    assert (of_copies.sum() > 1) == bool(config.reduce)

@@ -16,7 +16,15 @@ from PIL import Image
 
 from medvdm.errors import InputError, InputTypeError, MissingFileError
 from medvdm.images import default_columns
-from medvdm.runs.provenance import PROVENANCE_CHUNK, SUFFIXES, SYNTHETIC, index_of_one, write_samples
+from medvdm.runs.provenance import (
+    PROCESSED,
+    PROVENANCE_CHUNK,
+    SUFFIXES,
+    SYNTHETIC,
+    index_of_one,
+    write_processed,
+    write_samples,
+)
 from medvdm.runs.store import atomic
 
 PROVENANCE = {
@@ -305,3 +313,19 @@ def test_default_grids_are_compact() -> None:
         assert rows <= columns <= 2 * rows + 1, n
         assert columns * rows - n < columns  # no empty row
     assert [default_columns(n) for n in (4, 6, 8, 10, 12, 16, 64, 100)] == [2, 3, 4, 5, 4, 4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("bits", "top", "mode"), [(1, 255, "L"), (8, 255, "L"), (12, 65535, "I;16"), (16, 65535, "I;16")]
+)
+def test_a_processed_image_has_its_bits_and_says_what_was_done(bits, top, mode, tmp_path) -> None:
+    gray = np.array([[0.0, 1.0, 0.5], [0.2499, -0.1, 1.1]], np.float32)
+    write_processed(tmp_path / "a.png", gray, bits, title="A scan", description="Noise removed.", provenance=PROVENANCE)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == mode and image.text["Title"] == "A scan"
+        np.testing.assert_array_equal(np.asarray(image), np.rint(np.clip(gray, 0, 1).astype(np.float64) * top))
+        assert image.text["Disclaimer"] == image.text["Comment"] == PROCESSED and "invent" in PROCESSED
+        assert image.text["Description"] == f"Noise removed. {PROCESSED}"
+        assert json.loads(image.text[PROVENANCE_CHUNK]) == PROVENANCE
+        xmp = image.text["XML:com.adobe.xmp"]
+    assert "compositeWithTrainedAlgorithmicMedia" in xmp and PROCESSED in xmp

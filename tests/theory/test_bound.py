@@ -341,3 +341,38 @@ def test_gradient_difference_by_hand_and_by_numpy():
     expected = rows.sum((1, 2, 3)) + columns.sum((1, 2, 3))
     np.testing.assert_allclose(bound.gradient_difference(jnp.asarray(a), jnp.asarray(b)), expected, rtol=1e-5)
     np.testing.assert_allclose(bound.gradient_difference(jnp.asarray(a), jnp.asarray(a) + 0.25), 0, atol=1e-9)
+
+
+# --- value by value
+
+
+@pytest.mark.parametrize("timesteps", [0, 5])
+def test_the_terms_value_by_value_sum_to_those_of_the_image(timesteps):
+    """With the same key and times; and none of them is negative."""
+    model = oracle.Levels(oracle.gaussian_levels(-0.5, 0.2), SCHEDULES["fixed"], timesteps)
+    x = jnp.asarray(model.sample(np.random.default_rng(0), (6, 3, 4, 2)))
+    settings = {"key": KEY, "times": bound.sample_times(KEY, 6)}
+    whole = jax.jit(lambda x: bound.terms(model, x, **settings))(x)
+    parts = jax.jit(lambda x: bound.pixel_terms(model, x, **settings))(x)
+    np.testing.assert_array_equal(parts.times, whole.times)
+    for name in ("reconstruction", "prior", "diffusion"):
+        part = np.asarray(getattr(parts, name), np.float64)
+        assert part.shape == x.shape and part.min() >= 0
+        np.testing.assert_allclose(part.sum(axis=(1, 2, 3)), getattr(whole, name), rtol=1e-5)
+
+
+def test_independent_values_cost_their_own_information():
+    """Of an image with few likely and few unlikely gray values, by many draws: -log p of each, plus two small gaps."""
+    law = oracle.gaussian_levels(-0.5, 0.1)
+    model = oracle.Levels(law, schedules.FixedLinear(-13.0, 5.0))
+    levels = np.array([[64, 70], [40, 95]], np.uint8)[..., None]  # the bell's centre is 63.75, its deviation 12.75
+    n = 2**13
+    x = jnp.asarray(np.broadcast_to(levels, (n, *levels.shape)))
+    times = bound.sample_times(KEY, n)
+    found = jax.jit(lambda x: bound.pixel_terms(model, x, key=KEY, times=times).total)(x)
+    by_time = np.asarray(found, np.float64)[np.argsort(times)]
+    error = np.sqrt(np.mean(np.diff(by_time, axis=0) ** 2, axis=0) / 2 / n)
+    information = -np.asarray(law)[levels]
+    assert error.max() < 0.2 and np.ptp(information) > 2
+    # A gap is an average over the law's values. Of one value it is less than 0.1 nats here.
+    assert (np.abs(by_time.mean(axis=0) - information) < 4.5 * error + 0.1).all()

@@ -150,3 +150,12 @@ def test_make_knows_every_name_and_suggests_the_nearest():
         assert float(schedules.make(name, -5.0, 1.0, rngs=nnx.Rngs(0))(jnp.zeros(()))) == -5.0
     with pytest.raises(InputError, match="did you mean 'fixed-linear'"):
         schedules.make("fixed_linear", -5.0, 1.0, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("schedule", all_schedules(-13.0, 5.0), ids=lambda s: type(s).__name__)
+def test_the_time_of_a_gamma_is_the_inverse(schedule):
+    found = jax.jit(lambda t: schedules.time_of(schedule, schedule(t)))(GRID)
+    np.testing.assert_allclose(found, GRID, rtol=0, atol=4e-6)
+    assert found[0] == 0 and found[-1] == 1
+    beyond = schedules.time_of(schedule, jnp.array([-20.0, 20.0]))
+    assert beyond.tolist() == [0, 1]
