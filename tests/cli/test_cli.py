@@ -484,7 +484,8 @@ def test_the_contract_of_the_readme_is_what_the_parser_takes() -> None:
     assert len(listed) >= 5 and listed == [command for command in PARSED if command in listed]
     examples = {
         **{"N": "3", "T": "5", "W": "1.5", "DIR": "there", "RUN": "runs/x", "NAME": "Mass", "SPLIT": "val"},
-        **{"<medmnist flag>": "pneumoniamnist", "FILE.{npz|png}": "s.png"},
+        **{"<medmnist flag>": "pneumoniamnist", "FILE.{npz|png}": "s.png", "FILE...": "a.png", "FILE": "s.png"},
+        **{"MASK": "m.png", "K": "2", "G": "0.01", "S": "0.1"},
     }
     for line in lines:
         _, command, rest = line.split(maxsplit=2)

@@ -15,6 +15,7 @@ from medvdm.models.vdm import VDMConfig
 from medvdm.runs import config as config_
 from medvdm.runs.config import KeepConfig, RunConfig
 from medvdm.runs.presets import PRESETS, preset
+from medvdm.training.step import TrainConfig
 
 PAPER = {
     "conditional": False,
@@ -150,10 +151,11 @@ def test_a_missing_setting_is_refused(path: Path) -> None:
 def test_a_setting_that_an_earlier_version_did_not_have_has_its_default_and_no_part_in_the_fingerprint(
     name: str,
 ) -> None:
-    config = preset(name, **{setting: getattr(VDMConfig(), setting) for setting in config_.LATER if setting != "crop"})
+    defaults = dataclasses.asdict(VDMConfig()) | dataclasses.asdict(TrainConfig())
+    config = preset(name, **{setting: defaults[setting] for setting in config_.LATER if setting != "crop"})
     record = config_.to_json(config)
     for setting in config_.LATER:
-        del record["training" if setting == "crop" else "model"][setting]
+        del record["training" if setting in ("crop", "noise_weight") else "model"][setting]
     assert config_.from_json(record) == config
     numbers = config_.flat(config)
     for setting in config_.LATER + config_.FREE_ON_RESUME:
