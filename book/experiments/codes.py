@@ -85,12 +85,16 @@ def between(name: str, run: Run, x: np.ndarray, code: list[np.ndarray]) -> tuple
     return rows, np.stack([shown, *sheets, np.roll(shown, 1, axis=0)])
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data-dir", help="the folder of the images of runs on real ones")
     parser.add_argument("--num", type=int, default=16, help="images of each run")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     start = time.perf_counter()
     tables: dict[str, Rows] = {"round_trips": [], "codes": [], "between": []}
     for path in options.runs:

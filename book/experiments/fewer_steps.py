@@ -51,13 +51,17 @@ def power_errors(images: np.ndarray, real: np.ndarray) -> dict[str, float]:
     return out
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-dir", help="the folder of the images")
     parser.add_argument("--num", type=int, default=70, help="samples of each kind")
     parser.add_argument("--reference", type=int, default=1000, help="steps of the reference")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     start = time.perf_counter()
     run = load(options.run, ema=True)
     data = load_data(run, data_dir=options.data_dir)
