@@ -52,6 +52,7 @@ DIVERGENCES = ("auto", "exact", "rademacher", "gaussian")
 MOST_EXACT = 128  #: numbers in z up to which 'auto' is exact
 COLUMNS = 64  #: of the Jacobian, computed at once
 FIRST_STEP = 0.1  #: in gamma; the next ones find their own size
+LARGEST_STEP = 1.0  #: in gamma, in which a denoiser changes: of much longer steps the error would be misjudged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,9 @@ def log_density(
         t1=high,
         dt0=FIRST_STEP,
         y0=(z, jnp.zeros((rows, z.shape[0]), z.dtype)),
-        stepsize_controller=diffrax.PIDController(rtol=config.rtol, atol=config.atol, norm=_largest_error),
+        stepsize_controller=diffrax.PIDController(
+            rtol=config.rtol, atol=config.atol, norm=_largest_error, dtmax=LARGEST_STEP
+        ),
         max_steps=config.max_steps,
         throw=False,
     )
