@@ -521,6 +521,7 @@ def test_the_reduced_copy_of_a_sample_is_the_one_that_the_first_stage_drew_with_
     assert far.max() <= 1, np.bincount(far)
 
 
+@pytest.mark.slow
 def test_a_chain_of_three_stages_is_trained_evaluated_and_drawn_from(tmp_path):
     config = tiny.pixels(**SETTINGS | {"stages": 3, "base_scales": 1})
     run = load(medvdm.fit(config, tmp_path / "run", progress=False).path)

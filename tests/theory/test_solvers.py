@@ -206,8 +206,7 @@ def generate(small, num=5, **settings):
     return generate_.generate(graph, params, num=num, **{"steps": 10} | settings)
 
 
-@pytest.mark.parametrize("grid", solvers.GRIDS)
-@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize(("solver", "grid"), [*((name, "error") for name in solvers.SOLVERS), ("dpmpp", "gamma")])
 def test_sample_i_does_not_depend_on_num_or_batch_size(small, solver, grid):
     labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 0]]
     settings = {"solver": solver, "grid": grid, "labels": labels, "guidance": 0.5}
