@@ -41,10 +41,8 @@ CONTRAST = 0.01  #: variance within a cell of an image that shows none, as where
 class Seen(NamedTuple):
     """What is known of n images: y = A x + s n, on the model's scale of [-1, 1].
 
-    Attributes:
-        operator: A; each leaf of its pytree has one row, or one per image.
-        y: n rows.
-        variance: s^2 of each number of y.
+    Each leaf of ``operator``, which is A, has one row, or one per image; ``y`` has n rows; ``variance`` is s^2 of each
+    number of y.
     """
 
     operator: Operator

@@ -39,7 +39,7 @@ from medvdm.theory import gaussian
 from medvdm.theory.bound import Diffusion
 
 TURNS = 5  #: of the solution of the equations, at most
-TOLERANCE = 0.03  #: of |y - A x|, at which it ends
+TOLERANCE = 0.03  #: of the length of y - A x, at which it ends
 
 
 @runtime_checkable
@@ -64,8 +64,7 @@ class Operator(Protocol):
 class Mask:
     """The pixels that are known; y has the shape of x, and where nothing is known 0 stands.
 
-    Attributes:
-        known: 1 or 0; as many axes as x, and 1 row or one per image.
+    ``known`` is 1 or 0; it has as many axes as x, and 1 row or one per image.
     """
 
     known: Float[Array, "m *latent"]

@@ -100,12 +100,9 @@ DEFAULTS = FlowConfig()
 class Flow(NamedTuple):
     """A way from z_0 to z_1.
 
-    Attributes:
-        log_density: log p(z_0) in nats, one estimate a probe; one row for an exact divergence.
-        z_1: where the flow ends.
-        evaluations: of the network, for each image, those of rejected steps included. Each brings the products with
-            the probes, or with all columns.
-        finished: whether the integration came to its end.
+    ``log_density`` is log p(z_0) in nats, one estimate per probe, or one row for an exact divergence; ``z_1`` is where
+    the flow ends. ``evaluations`` of the network are counted for each image, those of rejected steps included; each
+    brings the products with the probes, or with all columns. ``finished`` says whether the integration came to its end.
     """
 
     log_density: Float[Array, "k n"]
