@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import flax.nnx as nnx
-import jax
 import numpy as np
+from jaxtyping import Array
 
 from medvdm.evaluation import flow as flow_
 from medvdm.models import vdm
@@ -95,7 +95,11 @@ def flow_likelihood(
     """
     config = FlowConfig(divergence=divergence, probes=probes, rtol=rtol, atol=atol, max_steps=max_steps)
     flow_.check_flow(run.config.model, dequantisation)
-    each = partial(_flow_of_batch, draws=draws, config=config, uniform=dequantisation == "uniform")
+    more = {"draws": draws, "config": config, "uniform": dequantisation == "uniform"}
+
+    def each(params: vdm.Params, _: np.ndarray, x: Array, hot: Array | None, key: Array, *, graph: nnx.GraphDef) -> Any:
+        return flow_.flow_draws(graph, params, x, hot, key=key, **more)
+
     found = by_batches(run, images, labels, each, draws=draws, batch_size=batch_size, seed=seed)
     return FlowLikelihood(
         nats=found.nats.mean(axis=0),
@@ -175,35 +179,9 @@ def importance_bound(
     """
     steps = (run.config.model.timesteps or 250) if steps is None else steps
     flow_.check_steps(run.config.model, steps)
-    each = partial(_weights_of_batch, draws=draws, steps=steps)
+
+    def each(params: vdm.Params, _: np.ndarray, x: Array, hot: Array | None, key: Array, *, graph: nnx.GraphDef) -> Any:
+        return flow_.chain_log_weights(graph, params, x, hot, draws=draws, steps=steps, key=key)
+
     weights = by_batches(run, images, labels, each, draws=draws, batch_size=batch_size, seed=seed)
     return ImportanceBound(log_weights=weights, steps=steps, image_shape=run.config.model.image_shape)
-
-
-def _flow_of_batch(
-    params: vdm.Params,
-    x: np.ndarray,
-    on_devices: jax.Array,
-    labels: jax.Array | None,
-    key: jax.Array,
-    *,
-    graph: nnx.GraphDef,
-    draws: int,
-    config: FlowConfig,
-    uniform: bool,
-) -> flow_.FlowDraws:
-    return flow_.flow_draws(graph, params, on_devices, labels, draws=draws, key=key, config=config, uniform=uniform)
-
-
-def _weights_of_batch(
-    params: vdm.Params,
-    x: np.ndarray,
-    on_devices: jax.Array,
-    labels: jax.Array | None,
-    key: jax.Array,
-    *,
-    graph: nnx.GraphDef,
-    draws: int,
-    steps: int,
-) -> np.ndarray:
-    return flow_.chain_log_weights(graph, params, on_devices, labels, draws=draws, steps=steps, key=key)
