@@ -2,8 +2,8 @@
 
     python book/experiments/likelihood.py RUN [RUN ...] [--data-dir DIR] [--split SPLIT] [--num N] [--steps T]
 
-Averaged weights where a run has them. For each run `likelihoods` has one row per method, with means over the same
-images in bits per dimension:
+Averaged weights where a run has them. The images are of different patients, the first one of each, spread evenly over
+the split. For each run `likelihoods` has one row per method, with means over these images in bits per dimension:
 
 * `bound`: in continuous time, 64 draws of time and noise per image;
 * `flow`: by the model's own dequantisation, and `flow uniform` for models of gray values; two draws of z_0;
@@ -26,6 +26,7 @@ from typing import Any
 
 import medvdm
 import numpy as np
+from medvdm.data import ImageData
 from medvdm.runs.run import Run, load, load_data
 from medvdm.theory.flow import FlowConfig
 
@@ -43,12 +44,12 @@ def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run's rows: a mean over the same images for each method, with its errors."""
     run = _load(path)
     data = load_data(run, data_dir=options.data_dir if run.config.data.data == "nih" else None)
-    chosen = data.indices(options.split)[: options.num]
+    chosen = _one_of_each(data, options.split, options.num)
     x = data.levels(chosen) if run.eight_bit else data.read(chosen)
     latent = run.config.model.image_shape if run.eight_bit else (run.config.model.latent,)
     divergence = FlowConfig().kind(math.prod(latent))
     head = {"run": path.name, "step": run.step, "data": run.config.data.data, "split": options.split}
-    head |= {"images": len(x), "patients": len(set(data.patients[chosen])), "dimensions": math.prod(latent)}
+    head |= {"images": len(x), "dimensions": math.prod(latent)}
     rows: list[dict[str, Any]] = []
     found: dict[str, np.ndarray] = {}
 
@@ -81,6 +82,13 @@ def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _one_of_each(data: ImageData, split: str, num: int) -> np.ndarray:
+    """Indices of images of ``num`` patients, the first one of each, so that their errors are independent."""
+    there = data.indices(split)
+    first = there[np.sort(np.unique(data.patients[there], return_index=True)[1])]
+    return first[np.rint(np.linspace(0, len(first) - 1, min(num, len(first)))).astype(int)]
+
+
 def _load(path: Path) -> Run:
     run = load(path)
     return load(path, ema=True) if run.config.training.ema_decay else run
@@ -93,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         "--data-dir", help="the folder of the NIH images; other images are read from where a run was trained on them"
     )
     parser.add_argument("--split", default="val")
-    parser.add_argument("--num", type=int, default=16, help="images of each run")
+    parser.add_argument("--num", type=int, default=16, help="images of each run, of as many patients")
     parser.add_argument("--steps", type=int, default=250, help="T of the paths")
     parser.add_argument("--probes", type=int, default=2, help="of the flow's divergence, where it is not exact")
     return parser
