@@ -1,20 +1,25 @@
-"""Ten minutes of a GPU, used at once: step times, bfloat16, and the longest training that fits.
+"""Ten minutes of a GPU, used at once: step times, bfloat16, and three long trainings: book/results/gpu.json.
 
-    python book/experiments/gpu.py --data-dir DIR [--minutes 9]
+    python book/experiments/gpu.py --data-dir DIR --out RUNS [--parts PART ...] [--share X]
 
-DIR holds the NIH images; without it, everything runs on phantoms of the same size. First the time of a training step of
-three presets, in float32 and bfloat16, at their own batch and at eight times that. Then `pixel-large` in bfloat16 or
-float32, whichever was faster, with batches of 16 and for as many steps as the rest of the time holds, less what the
-evaluation takes. Its bound is measured on validation images at eight looks, and on test images once, at the end.
-Writes book/results/gpu.json, whose environment names the device.
+DIR holds the NIH images. The parts, in this order, each of which may be run on its own into the same RUNS:
+
+* `times`: the time of a training step of each training below, in float32 and bfloat16;
+* `denoiser`: a wide U-Net on crops of 256 x 256 X-rays, for `medvdm denoise`;
+* `phantom`: a denoiser of phantoms, whose truth is known;
+* `large`: `pixel-large` with larger batches, for samples; the weights with the least bound on validation are kept too;
+* `record`: what the parts before have found, with the bound on validation images of every look.
+
+`--share` takes that part of the steps and of the phantoms, to try the script out. Without `--data-dir` phantoms stand
+in for the X-rays. A machine without the repository's history may name the commit in MEDVDM_COMMIT.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,24 +33,47 @@ import record  # noqa: E402
 from medvdm import data
 from medvdm.runs.config import RunConfig, change
 from medvdm.runs.fit import fill_in
-from medvdm.runs.store import EVALUATIONS, read_lines
+from medvdm.runs.record import environment
+from medvdm.runs.store import EVALUATIONS, METRICS, read_lines
 from medvdm.training.step import jit_step, new_state
 
-PRESETS = ("paper", "pixel", "pixel-large")
-DTYPES = ("float32", "bfloat16")
-REPEATS, BATCH, EVALUATION = 20, 16, 60.0  # seconds kept for the end
-begin = time.perf_counter()
+PARTS = ("times", "denoiser", "phantom", "large", "record")
+REPEATS = 20
+Rows = list[dict[str, Any]]
+
+
+def say(*words: object) -> None:
+    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+
+
+def trainings(data_dir: str | None, share: float) -> dict[str, RunConfig]:
+    """The three trainings by name, for a share of their steps."""
+    xrays = {"data": "nih", "data_dir": data_dir} if data_dir else {"data": "phantom", "num_images": 100}
+    phantoms = {"data": "phantom", "num_images": max(60, round(900 * share))}
+    crops = {"image_size": 256, "crop": 64, "noise_weight": 10.0}
+
+    def last(steps: int) -> dict[str, int]:
+        steps = max(8, round(steps * share))
+        return {"steps": steps, "evaluate_every": -(-steps // 4), "checkpoint_every": steps, "keep_checkpoints": 1}
+
+    return {
+        "denoiser": medvdm.preset(
+            "pixel", **{**crops, "crop": 128}, width=96, batch_size=16, learning_rate=2e-3, **xrays, **last(8000)
+        ),
+        "phantom": medvdm.preset("pixel", **crops, batch_size=4, **phantoms, **last(12_000)),
+        "large": medvdm.preset("pixel-large", batch_size=16, keep_best=True, **xrays, **last(12_000)),
+    }
 
 
 def step_seconds(config: RunConfig, images: data.ImageData) -> float:
     """Median time of a training step, after the first ones, which compile."""
     config = fill_in(config, images)
-    rows = images.indices("train")[: config.training.batch_size]
+    rows = np.resize(images.indices("train"), config.training.batch_size)
     integers = config.model.integers
     x = jax.device_put(images.levels(rows) if integers else images.read(rows))
     state, step = new_state(config.model, config.training), jit_step(config.model, config.training)
     times = []
-    for _ in range(REPEATS + 3):
+    for _ in range(3 + REPEATS):
         start = time.perf_counter()
         state, _ = step(state, x, None)
         jax.block_until_ready(state)
@@ -53,51 +81,60 @@ def step_seconds(config: RunConfig, images: data.ImageData) -> float:
     return statistics.median(times[3:])
 
 
+def times(asked: dict[str, RunConfig]) -> Rows:
+    """Step times of every training in each type, and of the last at four times its batch."""
+    rows: Rows = []
+    for name, config in asked.items():
+        images = data.load(config.data)
+        batch = config.training.batch_size
+        larger = [("float32", 4 * batch)] if name == "large" else []
+        for dtype, size in [("float32", batch), ("bfloat16", batch), *larger]:
+            seconds = step_seconds(change(config, dtype=dtype, batch_size=size), images)
+            rows.append({"training": name, "dtype": dtype, "batch": size, "seconds": seconds})
+            say(rows[-1])
+    return rows
+
+
+def found(name: str, run: Path) -> tuple[dict[str, Any], Rows]:
+    """A finished training in one row, and its looks at validation images."""
+    steps = read_lines(run / METRICS)
+    looks = [
+        {"training": name} | {k: v for k, v in look.items() if isinstance(v, int | float) and np.isfinite(v)}
+        for look in read_lines(run / EVALUATIONS)
+    ]
+    seconds = sum(1 / line["steps_per_second"] for line in steps)
+    return {"training": name, "steps": len(steps), "seconds": round(seconds)}, looks
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of the NIH images")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of everything together")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the trained runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps, to try the script out")
     return parser
 
 
 def main() -> None:
     options = parser().parse_args()
-    where = {"data": "nih", "data_dir": options.data_dir} if options.data_dir else {"num_images": 400}
-    rows: list[dict[str, Any]] = []
-    for name in PRESETS:
-        asked = medvdm.preset(name, **({**where, "image_size": 28} if name == "pixel" else where))
-        images = data.load(asked.data)
-        for dtype in DTYPES:
-            for times in (1, 8):
-                batch = asked.training.batch_size * times
-                seconds = step_seconds(change(asked, dtype=dtype, batch_size=batch), images)
-                rows.append({"preset": name, "dtype": dtype, "batch": batch, "seconds": seconds})
-                print(f"{time.perf_counter() - begin:5.0f} s", rows[-1], file=sys.stderr, flush=True)
-
-    asked = medvdm.preset("pixel-large", batch_size=BATCH, **where)
-    images = data.load(asked.data)
-    seconds = {dtype: step_seconds(change(asked, dtype=dtype), images) for dtype in DTYPES}
-    dtype = min(seconds, key=seconds.__getitem__)
-    left = 60.0 * options.minutes - (time.perf_counter() - begin) - EVALUATION
-    steps = max(8, int(0.9 * left / seconds[dtype]))
-    asked = change(asked, dtype=dtype, steps=steps, evaluate_every=max(1, steps // 8))
-    with tempfile.TemporaryDirectory() as folder:
-        run = medvdm.fit(asked, Path(folder) / "run")
-        looks = read_lines(run.path / EVALUATIONS)
-        averaged = medvdm.load(run.path, ema=True)
-        found = {split: medvdm.evaluate(averaged, split=split, draws=4) for split in ("val", "test")}
-    table = [
-        {"split": split} | {k: result[k] for k in ("vlb_bpd", "vlb_bpd_stderr", "num_images", "seconds")}
-        for split, result in found.items()
-    ]
-    trained = [{"dtype": dtype, "batch": BATCH, "steps": steps, "step_seconds": seconds[dtype]}]
-    curve = [{k: v for k, v in look.items() if isinstance(v, int | float) and np.isfinite(v)} for look in looks]
-    record.experiment(
-        "gpu",
-        config=asked,
-        seconds=time.perf_counter() - begin,
-        results={"steps": rows, "training": trained, "validation": curve, "evaluation": table},
-    )
+    asked = trainings(options.data_dir, options.share)
+    options.out.mkdir(parents=True, exist_ok=True)
+    measured = options.out / "times.json"
+    for part in (p for p in PARTS if p in options.parts):
+        say(part)
+        if part == "times":
+            measured.write_text(json.dumps({"environment": environment(), "times": times(asked)}))
+        elif part in asked:
+            medvdm.fit(asked[part], options.out / part)
+        else:
+            tables = [found(name, options.out / name) for name in asked]
+            results = {
+                "times": json.loads(measured.read_text())["times"],
+                "trainings": [row for row, _ in tables],
+                "validation": [look for _, looks in tables for look in looks],
+            }
+            seconds = sum(row["seconds"] for row, _ in tables)
+            record.experiment("gpu", config=asked["large"], seconds=seconds, results=results)
 
 
 if __name__ == "__main__":
