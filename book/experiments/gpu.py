@@ -11,8 +11,8 @@ DIR holds the NIH images. The parts, in this order, each of which may be run on 
 * `record`: what the parts before have found, with the bound on validation images of every look.
 
 On an H100 compiling takes longer than the steps: 10 to 60 s for each step that is timed, and about 100 s for each
-training. `--share` takes that part of the steps and of the phantoms, to try the script out. Without `--data-dir` phantoms
-stand in for the X-rays. A machine without the repository's history may name the commit in MEDVDM_COMMIT.
+training. `--share` takes that part of the steps and of the phantoms, to try the script out. Without `--data-dir`
+phantoms stand in for the X-rays. A machine without the history of the repository may name the commit in MEDVDM_COMMIT.
 """
 
 from __future__ import annotations
