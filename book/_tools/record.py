@@ -18,6 +18,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,11 @@ def phantom_curve(config: RunConfig) -> dict[str, Any]:
         "batch_size": config.training.batch_size,
         "vlb_bpd": [float(f"{loss:.6g}") for loss in losses],
     }
+
+
+def say(*words: object) -> None:
+    """Tell the progress of an experiment on stderr, with the time of day."""
+    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
 def commit_here() -> str:

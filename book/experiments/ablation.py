@@ -251,7 +251,7 @@ def main() -> None:
                 "ssim": float(np.mean([r["ssim"] for r in results])),
             }
         )
-        print(f"{time.perf_counter() - begin:6.0f} s ", rows[-1], file=sys.stderr, flush=True)
+        record.say(rows[-1])
     record.experiment(
         "ablation",
         config=settings("linear start", 0, None),

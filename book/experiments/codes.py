@@ -36,10 +36,6 @@ MANY = 250  #: steps of the codes that are looked at
 Rows = list[dict[str, Any]]
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def down(run: Run, code: list[np.ndarray], steps: int, solver: str) -> np.ndarray:
     """The pictures of a code."""
     drawn = generate(
@@ -111,12 +107,12 @@ def main() -> None:
                 off = np.abs(back - gray)
                 found = {"error": float(np.sqrt(np.mean(off**2))), "exact": float(np.mean(off < 0.5 / 255))}
                 tables["round_trips"].append({"run": path.name, "solver": solver, "steps": steps} | found)
-                say(tables["round_trips"][-1])
+                record.say(tables["round_trips"][-1])
         code = up(run, x, MANY, "heun")
         tables["codes"] += of_codes(path.name, code)
         rows_between, sheet = between(path.name, run, x, code)
         tables["between"] += rows_between
-        say(rows_between)
+        record.say(rows_between)
         if phantom:
             save_sheet(sheet[:, :4])
     record.experiment("codes", config=run.config, seconds=time.perf_counter() - start, results=tables)

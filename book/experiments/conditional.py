@@ -46,10 +46,6 @@ WEIGHTS = (0.0, 1.0, 3.0, 7.0)
 COMPONENTS = (8, 16, 32, 64, 128)
 
 
-def say(*words: object) -> None:
-    print(f"{time.strftime('%H:%M:%S')}", *words, file=sys.stderr, flush=True)
-
-
 def trained(folder: Path, **settings: object) -> Run:
     """The run in a folder, trained first if it is not there."""
     config = medvdm.preset("demo", steps=STEPS, image_size=64, **settings)
@@ -75,7 +71,7 @@ class Task:
             COMPONENTS,
             key=lambda k: self.ask(self.classifier(self.x["train"], self.y["train"], k), "val", k),
         )
-        say(self.data.name, "k =", self.k)
+        record.say(self.data.name, "k =", self.k)
 
     def scores(self, x: np.ndarray, k: int | None = None) -> np.ndarray:
         """Scores on the first k principal components, without the squares."""
@@ -213,7 +209,7 @@ def conditional(
             | told(task.ask(own, "test"))
         )
         shown += [sample(task.run, 8, steps=T, label=n, guidance=w, seed=0).images for n in names]
-        say(task.data.name, "weight", w, told(auc), transfer[-1])
+        record.say(task.data.name, "weight", w, told(auc), transfer[-1])
     return samples, transfer, np.concatenate(shown)
 
 

@@ -37,10 +37,6 @@ GRIDS = ("time", "error")
 Rows = list[dict[str, Any]]
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def power_errors(images: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Standard errors of the powers over the images, as fractions of the real powers."""
     powers, of_real = power_spectrum(images), power_spectrum(real)
@@ -84,7 +80,7 @@ def main() -> None:
             | found
             | power_errors(images, held_out.images)
         )
-        say(audits[-1])
+        record.say(audits[-1])
         return images
 
     def far(one: np.ndarray, other: np.ndarray) -> float:

@@ -54,10 +54,6 @@ GRID = jnp.linspace(0.0, 1.0, 2049)  # on which a schedule is written down
 start = time.perf_counter()
 
 
-def say(*words: Any) -> None:
-    print(f"{time.perf_counter() - start:6.0f} s ", *words, file=sys.stderr, flush=True)
-
-
 def settings(arm: str) -> RunConfig:
     config = change(SMALL, **ARMS[arm])
     return change(config, image_shape=(64, 64, 1))
@@ -201,7 +197,7 @@ def spreads_of(source: str, train: jax.Array, weights: dict[str, Any]) -> list[d
                     }
                     | {key: float(value) for key, value in found.items()}
                 )
-        say(source, "spread", name)
+        record.say(source, "spread", name)
     return spreads
 
 
@@ -218,7 +214,7 @@ def study(source: str, folder: str | None) -> dict[str, list[dict[str, Any]]]:
     rows = images.indices("val")[:VAL_IMAGES]
     held_out = jnp.asarray(images.read(rows))
     patients = np.unique(np.asarray(images.patients)[rows]).size
-    say(
+    record.say(
         source,
         len(train),
         "training images,",
@@ -239,7 +235,7 @@ def study(source: str, folder: str | None) -> dict[str, list[dict[str, Any]]]:
                 {"data": source, "schedule": arm, "seed": seed, "total_bpd": round(total, 5)}
                 | {"gamma_0": float(ends[0]), "gamma_1": float(ends[1])}
             )
-            say(source, arm, seed, f"{total:.5f} bits per pixel, ends {ends}")
+            record.say(source, arm, seed, f"{total:.5f} bits per pixel, ends {ends}")
             if seed == 0:
                 weights[arm] = first, params
     at = values_of("learned", weights["learned"][1])[:: (len(GRID) - 1) // 64]
@@ -272,7 +268,7 @@ def overhead(name: str, config: RunConfig, repeats: int) -> dict[str, Any]:
         "linear_ms": 1e3 * float(np.median(linear)), "learned_ms": 1e3 * float(np.median(learned)),
         "ratio": ratio, "low": low, "high": high, "repeats": repeats,
     }  # fmt: skip
-    say("overhead", row)
+    record.say("overhead", row)
     return row
 
 

@@ -36,10 +36,6 @@ import record  # noqa: E402
 BOUND_DRAWS, PATHS, FLOW_DRAWS = 64, 16, 2
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run's rows: a mean over the same images for each method, with its errors."""
     run = _load(path)
@@ -64,7 +60,7 @@ def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             | {"above_bound_stderr": float(above.std(ddof=1) / math.sqrt(len(above)))}
             | {"evaluations": evaluations, "seconds": time.perf_counter() - began, **more}
         )
-        say(rows[-1])
+        record.say(rows[-1])
 
     began = time.perf_counter()
     bound = medvdm.bound(run, x, draws=BOUND_DRAWS)

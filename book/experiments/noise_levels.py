@@ -74,7 +74,7 @@ def main() -> None:
                 {"run": path.name, "stage": number, "gamma": float(g), "bits": float(b), "bits_se": float(e)}
                 for g, b, e in zip(levels_of(run), found.mean(axis=1), error, strict=True)
             ]
-            print(path.name, number, float(np.trapezoid(found.mean(axis=1), levels_of(run))), file=sys.stderr)
+            record.say(path.name, number, float(np.trapezoid(found.mean(axis=1), levels_of(run))))
     record.experiment("noise-levels", config=run.config, seconds=time.perf_counter() - start, results={"levels": rows})
 
 

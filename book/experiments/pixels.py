@@ -78,10 +78,6 @@ ROWS: dict[str, dict[str, Any]] = {
 start = time.perf_counter()
 
 
-def say(*words: Any) -> None:
-    print(f"{time.perf_counter() - start:6.0f} s ", *words, file=sys.stderr, flush=True)
-
-
 # --- Other networks -----------------------------------------------------------------------------------------------
 
 
@@ -261,14 +257,14 @@ def beside(configs: dict[str, RunConfig], images: data.ImageData) -> tuple[list[
             steps = row.config.training.steps
             row.go(steps * (turn + 1) // TURNS - steps * turn // TURNS)
             curves.append({"name": name, "seconds": row.seconds, "bpd": row.look()})
-            say(curves[-1])
+            record.say(curves[-1])
     table, of_first = [], None
     for name, row in rows.items():
         of_first = bits(row, "test", FINAL_DRAWS).mean(axis=0) if of_first is None else of_first
         about = {"name": name, "parameters": vdm.count(row.state.params), "steps": row.config.training.steps}
         trained = {"seconds": row.seconds, "step": ratios[name]}
         table.append({**about, **trained, **result(row, "test", FINAL_DRAWS, of_first)})
-        say(table[-1])
+        record.say(table[-1])
     return table, curves
 
 
@@ -282,7 +278,7 @@ def parts(configs: dict[str, RunConfig], images: data.ImageData) -> list[dict[st
         of_first = bits(row, "val", DRAWS).mean(axis=0) if of_first is None else of_first
         about = {"name": name, "steps": row.config.training.steps, "seconds": row.seconds, "step": ratio}
         table.append({**about, **result(row, "val", DRAWS, of_first)})
-        say(table[-1])
+        record.say(table[-1])
     return table
 
 

@@ -37,10 +37,6 @@ SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95)
 Rows = list[dict[str, Any]]
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def spectra(name: str, sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Rows:
     """Mean power of each set in at most 24 bins of scales."""
     power = {kind: power_spectrum(images).mean(axis=0) for kind, (images, _) in sets.items()}
@@ -113,7 +109,7 @@ def main() -> None:
         images, patients = data.read(train), data.patients[train]
         space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
         sets = audit_sets(run, data, num=options.num, steps=options.steps, seed=SEED)
-        say(path.name, "drawn")
+        record.say(path.name, "drawn")
         held_out, who = sets["held_out"]
         for kind, (x, groups) in sets.items():
             if kind != "held_out":
@@ -130,7 +126,7 @@ def main() -> None:
                 tables["audits"].append(
                     {"run": path.name, "data": data.name, "size": x.shape[1], "step": run.step, "set": kind} | found
                 )
-                say(path.name, kind, found)
+                record.say(path.name, kind, found)
         tables["spectra"] += spectra(path.name, sets)
         tables["grays"] += grays(path.name, sets)
         tables["nearest"] += nearest_rows(path.name, sets, images, patients, space)

@@ -64,10 +64,6 @@ COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64, 128, 256)
 LN2 = np.log(2.0)
 
 
-def log(text: str) -> None:
-    print(f"{time.process_time():6.0f} s  {text}", file=sys.stderr, flush=True)
-
-
 class Images:
     """The three splits of a data set at one size, as rows of pixels, with the patients of each."""
 
@@ -82,7 +78,7 @@ class Images:
             indices = source.indices(split)
             self.x[split] = source.read(indices).reshape(len(indices), -1)
             self.patients[split] = source.patients[indices]
-        log(f"{name} {size}: {[len(x) for x in self.x.values()]} images")
+        record.say(f"{name} {size}: {[len(x) for x in self.x.values()]} images")
 
     @property
     def head(self) -> dict:
@@ -147,7 +143,7 @@ def linear(images: Images, mean: np.ndarray, components: np.ndarray, variances: 
         noise = linear_gaussian.water_filling(variances, level)
         terms = linear_gaussian.linear_gaussian_vdm(x, mean, components[: len(noise)], variances[: len(noise)], noise)
         water.append({**images.head, "level": float(level), "latent": len(noise), **point(images, *terms)})
-    log(f"{images.name} {images.size}: linear models")
+    record.say(f"{images.name} {images.size}: linear models")
     return [by_k, water]
 
 
@@ -223,7 +219,9 @@ class Trainer:
             if split != "train":
                 row[f"{split}_stderr_bits"] = self.images.stderr((excess + rate)[start:end], split)
         row["active"] = int(np.sum(np.asarray(signal) > 1.0))  # latents with more signal than noise
-        log(str({name: value if isinstance(value, int) else round(float(value), 1) for name, value in row.items()}))
+        record.say(
+            str({name: value if isinstance(value, int) else round(float(value), 1) for name, value in row.items()})
+        )
         return row
 
 

@@ -58,11 +58,6 @@ def label(run: Run) -> str:
     return f"{run.config.preset}-b{training.batch_size}-s{training.seed}"
 
 
-def say(*words: Any) -> None:
-    """Progress goes to stderr."""
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def by_parts(function: Callable[[np.ndarray, int], Any], x: np.ndarray, size: int = 32) -> np.ndarray:
     """``function(part, number)`` of parts of x, joined. All parts have one shape, so it is compiled once."""
     out = []
@@ -233,7 +228,7 @@ def save(name: str, figure: Any) -> None:
     image = Image.open(buffer).convert("L").point(lambda gray: gray & ~1)
     path = record.RESULTS / f"{NAME}-{name}.png"
     image.save(path, optimize=True)
-    say(path.name, f"{path.stat().st_size:,} bytes")
+    record.say(path.name, f"{path.stat().st_size:,} bytes")
 
 
 def half(images: np.ndarray) -> np.ndarray:
@@ -280,7 +275,7 @@ def main(arguments: list[str]) -> None:
         run = load(folder)
         name = label(run)
         gamma_0, gamma_1 = ends(run)
-        say(name, "bound")
+        record.say(name, "bound")
         for split in x:
             terms = bound(run, x[split])
             tables["bounds"].append(bound_row(name, split, terms, x[split], patients[split]))
@@ -289,7 +284,7 @@ def main(arguments: list[str]) -> None:
         if "linear" not in totals:
             totals["linear"] = linear_gaussian(run, x["test"])
 
-        say(name, "z_1")
+        record.say(name, "z_1")
         f = {split: encode(run, images) for split, images in x.items()}
         for split in ("train", "test"):
             tables["first_latent"].append({"run": name, "split": split} | first_latent(f[split], gamma_1))
@@ -302,7 +297,7 @@ def main(arguments: list[str]) -> None:
             spectrum |= {f"mean_{split}": mean, f"variance_{split}": np.diag(cov)}
         tables["spectra"].append(spectrum)
 
-        say(name, "samples")
+        record.say(name, "samples")
         rng = np.random.default_rng(SEED)
         scale = np.sqrt(float(gaussian.sigma2(gamma_0)))
         z0 = {s: float(gaussian.alpha(gamma_0)) * v + scale * rng.standard_normal(v.shape) for s, v in f.items()}
@@ -327,7 +322,7 @@ def main(arguments: list[str]) -> None:
         if position == 0:
             many = {}
             for steps in MANY_STEPS:
-                say(name, "T =", steps)
+                record.say(name, "T =", steps)
                 drawn = generate(run.graph, run.params, num=MANY_CHAINS, steps=steps, seed=SEED)
                 what = {"run": name, "start": "N(0, I), fewer chains", "steps": steps}
                 tables["samples"].append(sample_row(drawn.images, drawn.latents[-1], z0["test"], **what))

@@ -217,7 +217,7 @@ def main() -> None:
     for kind, row in rows(options.tiny):
         load = os.getloadavg()[0]
         found = child(kind, {**row, "tiny": options.tiny})
-        print(kind, row, found, file=sys.stderr)
+        record.say(kind, row, found)
         tables.setdefault(kind, []).append({**row, **found, "load": load})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tables["machine"] = [{"backend": jax.default_backend(), "cores": cores}]

@@ -46,10 +46,6 @@ Rows = list[dict[str, Any]]
 Group = tuple[np.ndarray, np.ndarray]  #: gray values (n, h, w, 1), and the patients
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def changed(levels: np.ndarray) -> dict[str, np.ndarray]:
     """The same images, each changed in one way."""
     unit = levels / 255.0
@@ -155,7 +151,7 @@ def main() -> None:
                 {"run": path.name, "step": run.step, "group": group, "num_images": len(levels)}
                 | {statistic: float(values.mean()) for statistic, values in found[group].items()}
             )
-            say(means[-1])
+            record.say(means[-1])
         known = {"values": found["test"], "patients": groups["test"][1]}
         for group, values in found.items():
             if group == "test":  # of which 5 % are to be flagged, with no group to tell them from
