@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from medvdm import data as data_
 from medvdm.data import convert
 from medvdm.data.files import parsed_window
 from medvdm.errors import DataError, InputError
@@ -20,7 +19,7 @@ from medvdm.paths import local_path
 from medvdm.runs import provenance as provenance_
 from medvdm.runs.config import InpaintConfig, settings
 from medvdm.runs.run import Run
-from medvdm.runs.sample import check_seed
+from medvdm.runs.sample import findings_of
 from medvdm.runs.store import check_place
 from medvdm.theory.conditional import CellMean, Mask, Operator
 
@@ -187,14 +186,7 @@ def inpaint_file(
 
 def _draws(run: Run, seen: Seen, config: InpaintConfig) -> np.ndarray:
     """(n, samples, h, w, c) uint8."""
-    check_seed(config.seed)
-    if config.label and not run.config.model.classes:
-        raise InputError(f"label: '{config.label[0]}', but the run is unconditional; expected none")
-    labels = None
-    if config.label:
-        labels = np.zeros((1, len(run.class_names)), np.float32)
-        labels[:, [data_.index_of(name, run.class_names, "label") for name in config.label]] = 1.0
-    run.require_trained(null=not config.label or config.guidance != 0, classes=config.label)
+    findings = findings_of(run, config, 1)
     return draws(
         run.graph,
         run.params,
@@ -203,7 +195,7 @@ def _draws(run: Run, seen: Seen, config: InpaintConfig) -> np.ndarray:
         steps=config.steps,
         solver=config.sampler,
         turns=config.turns,
-        labels=labels,
+        labels=findings.astype(np.float32) if config.label else None,
         guidance=config.guidance,
         seed=config.seed,
         batch_size=config.batch_size,

@@ -19,7 +19,7 @@ from medvdm.errors import InputError
 from medvdm.models.generate import Generated, batches, collected
 from medvdm.paths import local_path
 from medvdm.runs import provenance as provenance_
-from medvdm.runs.config import SampleConfig, settings
+from medvdm.runs.config import InpaintConfig, SampleConfig, settings
 from medvdm.runs.run import Run
 from medvdm.training.devices import Layout, barrier, first_process, joined, own_parts
 
@@ -88,7 +88,7 @@ def sample(
         RunError: a label, or the null, that was not trained (:meth:`medvdm.runs.run.Run.require_trained`).
     """
     config = settings(config, changes if num is None else {**changes, "num": num})
-    findings = _findings(run, config)
+    findings = findings_of(run, config, config.num)
     count = _count(config)
     turns = own_parts(count)
     drawn = _batches(run, config, findings, turns, z=z, first=first, num_states=num_states)
@@ -135,7 +135,7 @@ def sample_to(
         if first_process():
             drawn.save(path)
         return
-    findings = _findings(run, config)
+    findings = findings_of(run, config, config.num)
     mine = range(jax.process_index(), _count(config), jax.process_count())
     images = (part.images for part in _batches(run, config, findings, mine))
     write = partial(
@@ -163,12 +163,17 @@ def sample_to(
     barrier("joined")
 
 
-def _findings(run: Run, config: SampleConfig) -> np.ndarray:
-    """(num, k) multi-hot, one row per sample."""
+def findings_of(run: Run, config: SampleConfig | InpaintConfig, n: int) -> np.ndarray:
+    """The label of the settings as (n, k) multi-hot, n rows alike.
+
+    Raises:
+        InputError: a bad seed, an unknown label, or a label for an unconditional model.
+        RunError: a label, or the null, that was not trained.
+    """
     check_seed(config.seed)
     if config.label and not run.config.model.classes:
         raise InputError(f"label: '{config.label[0]}', but the run is unconditional; expected none")
-    findings = np.zeros((max(config.num, 0), len(run.class_names)), np.uint8)
+    findings = np.zeros((max(n, 0), len(run.class_names)), np.uint8)
     findings[:, [data_.index_of(name, run.class_names, "label") for name in config.label]] = 1
     run.require_trained(null=not config.label or config.guidance != 0, classes=config.label)
     return findings
