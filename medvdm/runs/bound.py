@@ -24,24 +24,18 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageBound:
-    """The negative bound of n images, one value per image, in nats unless said otherwise.
+class PerImage:
+    """An estimate of -log p(x), or of a bound of it, of n images.
 
     Attributes:
-        nats: (n,) mean over the draws: an upper bound of -log p(x), up to ``stderr``.
-        stderr: (n,) its standard error, from draws that follow one another in time.
-        reconstruction, diffusion, prior: (n,) its three terms.
-        floor: (n,) entropy of the pixels, below which no Bernoulli model can go; None for a model of gray values.
-        draws: of time and noise per image.
+        nats: (n,) mean over the draws.
+        stderr: (n,) its standard error, in nats.
+        draws: per image.
         image_shape: (height, width, channels).
     """
 
     nats: np.ndarray
     stderr: np.ndarray
-    reconstruction: np.ndarray
-    diffusion: np.ndarray
-    prior: np.ndarray
-    floor: np.ndarray | None
     draws: int
     image_shape: tuple[int, int, int]
 
@@ -54,6 +48,25 @@ class ImageBound:
     def bits_per_dim_stderr(self) -> np.ndarray:
         """(n,) ``stderr`` in bits per pixel and channel."""
         return bits_per_dim(self.stderr, self.image_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBound(PerImage):
+    """The negative bound of n images, one value per image, in nats unless said otherwise.
+
+    Attributes:
+        nats: (n,) mean over the draws: an upper bound of -log p(x), up to ``stderr``.
+        stderr: (n,) its standard error, from draws that follow one another in time.
+        reconstruction, diffusion, prior: (n,) its three terms.
+        floor: (n,) entropy of the pixels, below which no Bernoulli model can go; None for a model of gray values.
+        draws: of time and noise per image.
+        image_shape: (height, width, channels).
+    """
+
+    reconstruction: np.ndarray
+    diffusion: np.ndarray
+    prior: np.ndarray
+    floor: np.ndarray | None
 
     @property
     def excess_bits_per_dim(self) -> np.ndarray:

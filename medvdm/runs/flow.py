@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from medvdm.evaluation import flow as flow_
 from medvdm.models import vdm
-from medvdm.runs.bound import by_batches
+from medvdm.runs.bound import PerImage, by_batches
 from medvdm.runs.run import Run
 from medvdm.theory.bound import bits_per_dim
 from medvdm.theory.flow import FlowConfig
@@ -22,7 +22,7 @@ DEFAULTS = FlowConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowLikelihood:
+class FlowLikelihood(PerImage):
     """-log p(x) of n images by the probability flow, one value per image, in nats unless said otherwise.
 
     Attributes:
@@ -36,22 +36,8 @@ class FlowLikelihood:
         image_shape: (height, width, channels).
     """
 
-    nats: np.ndarray
-    stderr: np.ndarray
     probe_stderr: np.ndarray
     evaluations: np.ndarray
-    draws: int
-    image_shape: tuple[int, int, int]
-
-    @property
-    def bits_per_dim(self) -> np.ndarray:
-        """(n,) ``nats`` in bits per pixel and channel."""
-        return bits_per_dim(self.nats, self.image_shape)
-
-    @property
-    def bits_per_dim_stderr(self) -> np.ndarray:
-        """(n,) ``stderr`` in bits per pixel and channel."""
-        return bits_per_dim(self.stderr, self.image_shape)
 
 
 def flow_likelihood(
