@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Num
 
 from medvdm.errors import InputError, nearest
 from medvdm.models import cascade, vdm
-from medvdm.theory import gaussian
+from medvdm.theory import gaussian, solvers
 from medvdm.theory.sampling import chain
-from medvdm.theory.solvers import gamma_grid
 
-SOLVERS = ("ddim", "heun", "dpmpp")  #: without noise
+#: Those that draw no noise.
+SOLVERS = tuple(name for name, solver in solvers.SOLVERS.items() if not solver.noise)
 
 
 def encode(
@@ -78,7 +78,7 @@ def _encode(
     for stage in cascade.stages(vdm.merge(graph, params), x):
         model = stage.model
         z_0 = gaussian.alpha(model.gamma(jnp.zeros(()))) * model.encode(stage.images)
-        upwards = gamma_grid(model.gamma)[::-1]
+        upwards = solvers.gamma_grid(model.gamma)[::-1]
         label = model.embed(labels, n=1)
         codes.append(chain(model, z_0, label, keys=keys, steps=steps, first=steps, solver=solver, grid=upwards)[-1])
     return codes

@@ -280,7 +280,7 @@ def _drawn(
     num_states: int = 1,
 ) -> tuple[Float[Array, "k n *latent"], Float[Array, " knots"] | None]:
     """The latents of a chain and its grid; of a cascade, those of its last stage, after chains for its copies."""
-    own, shown = model, None
+    own = model
     if model.config.reduce:
         others = _folded(keys, MAX_STEPS + 1)  # no step has this number
         latents, _ = _drawn(model.base, others, drawing, z=z and z[:-1], first=drawing.steps)

@@ -43,12 +43,12 @@ class Solver(NamedTuple):
 
     order: int  #: p where the error falls as T^-p
     evaluations: int = 1  #: of the network, per step
-    noisy: bool = False  #: whether it adds noise (DDIM: with eta)
+    noise: bool = False  #: whether each of its steps draws noise; DDIM's do with an eta above 0 only
 
 
 SOLVERS = {
-    "ancestral": Solver(order=1, noisy=True),
-    "ddim": Solver(order=1, noisy=True),
+    "ancestral": Solver(order=1, noise=True),
+    "ddim": Solver(order=1),
     "heun": Solver(order=2, evaluations=2),
     "dpmpp": Solver(order=2),
 }
