@@ -14,6 +14,21 @@ from medvdm.training.step import TrainConfig
 
 def _presets() -> dict[str, RunConfig]:
     paper = RunConfig(preset="paper", data=DataConfig(image_size=256))
+    # A diffusion on the pixels of small images with an 8-bit likelihood. Small batches: the steps count, not their
+    # images, since the times of a batch are spread evenly and the network has seen each image a few times only.
+    pixel = RunConfig(
+        preset="pixel",
+        model=VDMConfig(
+            architecture="unet",
+            gamma_min=-13.0,  # noise of 0.19 gray levels, with which 0.04 bits per pixel are left to the decoder
+            gamma_max=5.0,
+            embedding_dim=64,
+            width=48,
+        ),
+        training=TrainConfig(
+            steps=12_000, batch_size=8, learning_rate=3e-3, warmup_steps=100, clip_norm=1.0, ema_decay=0.999
+        ),
+    )
     return {
         # Small enough for two cores and five minutes, with everything switched on.
         "demo": RunConfig(
@@ -38,45 +53,20 @@ def _presets() -> dict[str, RunConfig]:
         "paper-literal": dataclasses.replace(
             paper, preset="paper-literal", model=VDMConfig(gamma_min=0.1, gamma_max=1.0, timesteps=5)
         ),
-        # A diffusion on the pixels of small images with an 8-bit likelihood. Small batches: the steps count, not their
-        # images, since the times of a batch are spread evenly and the network has seen each image a few times only.
-        "pixel": RunConfig(
-            preset="pixel",
-            model=VDMConfig(
-                architecture="unet",
-                gamma_min=-13.0,  # noise of 0.19 gray levels, with which 0.04 bits per pixel are left to the decoder
-                gamma_max=5.0,
-                embedding_dim=64,
-                width=48,
-            ),
-            training=TrainConfig(
-                steps=12_000, batch_size=8, learning_rate=3e-3, warmup_steps=100, clip_norm=1.0, ema_decay=0.999
-            ),
-        ),
+        "pixel": pixel,
         # The same for large images: a copy of a copy first, then the copy, then the detail, which is learnt from crops.
         # The weight is for samples: it gives them their anatomy and costs no bits.
-        "pixel-large": RunConfig(
+        "pixel-large": dataclasses.replace(
+            pixel,
             preset="pixel-large",
             data=DataConfig(image_size=256),
-            model=VDMConfig(
-                architecture="unet",
+            model=dataclasses.replace(
+                pixel.model,
                 gamma_min=-14.0,  # a reduced X-ray is smooth: its finest detail is about one gray level
-                gamma_max=5.0,
-                embedding_dim=64,
-                width=48,
                 reduce=4,
                 stages=3,
             ),
-            training=TrainConfig(
-                steps=12_000,
-                batch_size=4,
-                crop=64,
-                noise_weight=10.0,
-                learning_rate=3e-3,
-                warmup_steps=100,
-                clip_norm=1.0,
-                ema_decay=0.999,
-            ),
+            training=dataclasses.replace(pixel.training, batch_size=4, crop=64, noise_weight=10.0),
         ),
         # Starts as the linear-Gaussian VDM of the training images and learns what that cannot express: the best bound
         # here for its time. The components are measured on shifted and resized copies, which generalise better.
