@@ -478,9 +478,10 @@ def _range_notes(
         low, high = min(one.used[0] for one in ones), max(one.used[1] for one in ones)
         least, most = min(one.values[0] for one in ones), max(one.values[1] for one in ones)
         if window is None and high - low < LITTLE:
+            spread = f"; --window={least:g},{most:g} or --window percentile spreads them" if least < most else ""
             notes.append(
                 f"{kind}: stored values from {least:g} to {most:g} use {high - low:.1%} of the files' range{whose}, so "
-                f"pictures are flat; --window={least:g},{most:g} or --window percentile spreads them"
+                f"pictures are flat{spread}"
             )
         if window is not None and (most <= window[0] or least >= window[1]):
             raise DataError(

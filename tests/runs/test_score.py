@@ -136,6 +136,8 @@ def test_a_file_is_read_as_the_folder_source_reads_it(path: Path, tmp_path: Path
     np.testing.assert_array_equal(read_levels(wide, cropped)[0], to_levels(convert.read_image(wide, 16, "crop")))
     photo = picture(tmp_path / "c.jpg", as_it_is)
     assert any("lossily compressed" in note for note in read_levels(photo, run)[1])
+    (flat, *_) = read_levels(picture(tmp_path / "e.png", np.zeros((16, 16), np.uint8)), run)[1]
+    assert flat.endswith("so pictures are flat"), "no window spreads what is all of one value"
     narrow, _ = read_levels(picture(tmp_path / "d.png", np.full((16, 16), 30_000, np.uint16)), run, "20000,40000")
     assert (narrow == 128).all()
 
