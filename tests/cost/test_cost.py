@@ -257,7 +257,7 @@ def test_the_plain_step_computes_what_the_library_computes(
     values, back = ravel_pytree(vdm.init(model, 0))
     weights = back(values + 0.2 * rng.standard_normal(values.shape).astype(np.float32))
     levels = rng.integers(0, 256, (4, *image_shape), np.uint8)
-    x = levels if vdm.ARCHITECTURES[model.architecture].likelihood.integers else levels / np.float32(255)
+    x = levels if model.integers else levels / np.float32(255)
     labels = np.eye(model.classes, dtype=np.float32)[rng.integers(0, model.classes, 4)] if model.classes else None
 
     average = weights if training.ema_decay else None
