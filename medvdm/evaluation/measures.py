@@ -57,13 +57,13 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     weights = np.array(SCALES[:scales]) / sum(SCALES[:scales])
     total = np.ones(len(a))
     for j, weight in enumerate(weights):
-        structure, ssim = _ssim_terms(a, b)
+        structure, ssim = ssim_terms(a, b)
         total *= np.maximum(ssim if j == scales - 1 else structure, 0.0) ** weight
         a, b = _halve(a), _halve(b)
     return total
 
 
-def _ssim_terms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ssim_terms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means over each image of cs and of l cs, (n,) each; data range 1."""
     c1, c2 = 0.01**2, 0.03**2
     mean_a, mean_b = _blur(a), _blur(b)
