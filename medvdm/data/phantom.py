@@ -187,6 +187,23 @@ def _changed(factors: PhantomFactors, changes: Mapping[str, np.ndarray]) -> Phan
     return replace(factors, **columns)
 
 
+def costophrenic_angles(factors: PhantomFactors) -> np.ndarray:
+    """Where the lungs end below at the sides, between ribs and diaphragm, as fractions of the image.
+
+    Returns (n, 2, 2): the lung on the image's left and that on its right, x and y.
+
+    The drawing bends there by up to about 1 % of the side at random, and may be covered by the collimator.
+    """
+    pose = {name: getattr(factors, name) for name in ("tilt", "zoom", "shift_x", "shift_y")}
+    angles = []
+    for side in (-1, 1):
+        x = side * 0.5 * factors.thorax_width  # the cage's sides are straight that far down
+        y = np.float32(0.5) + 0 * x
+        above = _above_diaphragm(x, np.abs(x), y, factors)
+        angles.append(np.stack(_to_image(x, y + above, pose), axis=-1))
+    return np.stack(angles, axis=1)
+
+
 def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0) -> ImageData:
     """The phantom as a data set: two visits of each patient, about half of the images with pneumonia.
 

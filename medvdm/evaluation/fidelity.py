@@ -81,7 +81,7 @@ def edge_displacement(restored: np.ndarray, truth: np.ndarray, mask: np.ndarray 
     place between samples. A pixel of the truth holds an edge if its gradient is among the steepest tenth, and the peak
     of its profile lies within half a pixel of it. Its displacement is the distance from there to the peak of the
     restored image's profile at the same pixel, along the same n: only what crosses an edge is seen, not what slides
-    along it. Where that profile has no peak a twentieth as high as the truth's, the edge is lost and counts as 3 pixels.
+    along it. Where that profile has no peak a twentieth as high as the truth's, the edge is lost: 3 pixels.
 
     Args:
         restored, truth: (n, h, w, c).

@@ -364,3 +364,31 @@ def test_whoever_changes_the_drawing_raises_its_version():
     """Mean gray of four images, to three digits, beside the version that enters the fingerprint of phantom data."""
     means = render(np.arange(4), size=32)[0].mean(axis=(1, 2, 3), dtype=np.float64)
     assert (phantom.DRAWING, [round(float(mean), 3) for mean in means]) == (1, [0.605, 0.656, 0.44, 0.395])
+
+
+def test_costophrenic_angles_lie_between_lung_ribs_and_diaphragm() -> None:
+    """At the place: a distance of 0 from the cage and from the dome. In the picture: darker where the lung is."""
+    indices = np.arange(0, 120, 2)
+    plain = {"noise": np.zeros(60), "collimation": np.zeros((60, 4)), "num_opacities": np.zeros(60, int)}
+    images, factors = render(indices, size=256, seed=4, changes=plain)
+    angles = phantom.costophrenic_angles(factors)
+    assert angles.shape == (60, 2, 2)
+    columns = phantom._Columns(factors)
+    for side in (0, 1):
+        at = angles[:, side, :, None, None].astype(np.float32)
+        x, y = phantom._to_body(at[:, 0], at[:, 1], columns)
+        np.testing.assert_allclose(phantom._inside_rib_cage(np.abs(x), y, columns), 0, atol=1e-5)
+        np.testing.assert_allclose(phantom._above_diaphragm(x, np.abs(x), y, columns), 0, atol=1e-5)
+    assert (angles[:, 0, 0] < 0.35).all() and (angles[:, 1, 0] > 0.65).all()
+
+    def gray(dx: float, dy: float) -> np.ndarray:
+        """(60, 2), the picture beside the angles; dx points to the midline and dy down, in fractions of the side."""
+        toward = np.array([1.0, -1.0]) * dx
+        columns = np.clip(256 * (angles[..., 0] + toward), 0, 255).astype(int)
+        rows = np.clip(256 * (angles[..., 1] + dy), 0, 255).astype(int)
+        return images[np.arange(60)[:, None], rows, columns, 0]
+
+    lung = gray(0.04, -0.06)
+    for outside in (gray(0.04, 0.04), gray(-0.02, -0.06)):  # the belly below, the chest wall beside
+        assert (lung < outside).mean() > 0.95
+        assert np.median(outside - lung) > 0.08
