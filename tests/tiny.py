@@ -1,4 +1,4 @@
-"""A run small enough for tests: the demo preset with everything on, shrunk to seconds."""
+"""A run small enough for tests: the demo preset with everything on, shrunk to seconds; and networks of any weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 import medvdm
+from medvdm.models import vdm
 from medvdm.runs.config import RunConfig
 
 SETTINGS: dict[str, Any] = {
@@ -36,6 +41,7 @@ PIXELS: dict[str, Any] = {
     "steps": 12,
     "embedding_dim": 8,
     "width": 8,
+    "scales": 1,  # networks of more are tested with the models
     "blocks": 1,
     "warmup_steps": 2,
 }
@@ -52,6 +58,13 @@ def config(**changes: Any) -> RunConfig:
 def pixels(**changes: Any) -> RunConfig:
     """The tiny settings of a diffusion on pixels with changes."""
     return medvdm.preset("pixel", **{**PIXELS, **changes})
+
+
+def weights(config: vdm.VDMConfig, deviation: float) -> vdm.Params:
+    """Random weights everywhere, in layers that start at zero too; no initialisation is compiled for them."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
+    return jax.tree.map(lambda p: jnp.asarray(deviation * rng.standard_normal(p.shape), p.dtype), shapes)
 
 
 def options(**changes: Any) -> list[str]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from medvdm.errors import DivergedError
 from medvdm.evaluation import flow as flow_
@@ -25,10 +26,7 @@ def networks():
         **{"width": 4, "scales": 1, "base_scales": 1, "blocks": 1, "patch": 1, "details": "none", "reduce": 2},
         classes=2,
     )
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
-    params = jax.tree.map(lambda p: jnp.asarray(0.15 * rng.standard_normal(p.shape), p.dtype), shapes)
-    return vdm.graph_of(config), params
+    return vdm.graph_of(config), tiny.weights(config, 0.15)
 
 
 def draws_of(networks, labels=LABELS, params=None, draws=1):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from medvdm.errors import InputError, InputTypeError
 from medvdm.models import codes, likelihoods, vdm
@@ -21,10 +22,7 @@ KINDS = {
 def network(kind):
     """Random weights, small enough for a flow that does not fold."""
     config = vdm.VDMConfig(**KINDS[kind])
-    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(0.15 * rng.standard_normal(p.shape), p.dtype), shapes)
-    return config, vdm.graph_of(config), params
+    return config, vdm.graph_of(config), tiny.weights(config, 0.15)
 
 
 def gray(n, shape):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from medvdm.errors import DivergedError, InputError
 from medvdm.models import cascade, vdm
@@ -133,11 +134,7 @@ def models():
 
     def made(**changes):
         config = vdm.VDMConfig(**MODEL | changes)
-        rng = np.random.default_rng(0)
-        shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
-        return vdm.graph_of(config), jax.tree.map(
-            lambda p: jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), shapes
-        )
+        return vdm.graph_of(config), tiny.weights(config, 0.1)
 
     return {1: made(), 3: made(reduce=2, stages=3)}
 

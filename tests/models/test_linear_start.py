@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from medvdm import data
@@ -86,12 +87,10 @@ def test_the_correction_of_the_noise_is_scaled_by_the_deviation_of_the_exact_den
         architecture="linear-start", image_shape=(4, 4, 1), latent=3, embedding_dim=4, decoder_width=4, inner_width=8,
         decoder_layers=0, score_layers=1,
     )  # fmt: skip
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: vdm.new_params(settings, 0))
-    params = jax.tree.map(lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype), shapes)
+    params = tiny.weights(settings, 0.5)
     variances = np.array([30.0, 2.0, 0.1])
     params["basis"]["variances"] = jnp.asarray(variances, jnp.float32)
-    gamma, z = np.array([-4.0, 0.0, 1.5, 6.0]), rng.standard_normal((4, 3))
+    gamma, z = np.array([-4.0, 0.0, 1.5, 6.0]), np.random.default_rng(1).standard_normal((4, 3))
     alpha2, sigma2 = 1 / (1 + np.exp(gamma))[:, None], 1 / (1 + np.exp(-gamma))[:, None]
     v = alpha2 * variances + sigma2
 

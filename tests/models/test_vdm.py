@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from medvdm.errors import InputError, InputTypeError
 from medvdm.models import blocks, vdm
@@ -102,9 +103,7 @@ ON_LEVELS = [name for name, a in vdm.ARCHITECTURES.items() if a.likelihood.integ
 
 def tiny_model(name, **changes):
     config = vdm.VDMConfig(**{**TINY, "architecture": name, **changes})
-    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes)
+    params = tiny.weights(config, 0.3)
     if "basis" in params:
         params["basis"]["variances"] = jnp.abs(params["basis"]["variances"])
     return config, vdm.graph_of(config), params

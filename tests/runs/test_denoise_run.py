@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pydicom
@@ -38,9 +37,7 @@ SIDES = (22, 18)
 def made(config, path="runs/made") -> Run:
     """A run with random weights, which nothing was trained for."""
     config = config_.change(config, image_shape=(16, 16, 1))
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: vdm.new_params(config.model, 0))
-    params = jax.tree.map(lambda p: jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), shapes)
+    params = tiny.weights(config.model, 0.1)
     record = {"version": "0.3.0", "data": {"name": "phantom", "fingerprint": "0", "class_names": []}}
     graph = vdm.graph_of(config.model)
     return Run(path=Path(path), config=config, record=record, step=12, weights="raw", graph=graph, params=params)

@@ -657,7 +657,7 @@ def test_eight_fake_devices_equal_one_on_pixels(trained_pixels: Path, tmp_path: 
 def test_colour_images_that_are_not_square_train_on_pixels(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (40, 9, 14, 3), np.uint8)
     data = medvdm.from_arrays(images)
-    config = tiny.pixels(steps=3, batch_size=4, crop=8, evaluate_every=3)
+    config = tiny.pixels(steps=3, batch_size=4, crop=8, scales=2, evaluate_every=3)
     run = medvdm.fit(config, tmp_path / "run", data=data, progress=False)
     assert run.config.model.image_shape == (9, 14, 3)
     drawn = medvdm.sample(run, 2, steps=2)
@@ -672,7 +672,7 @@ def test_colour_images_that_are_not_square_train_on_pixels(tmp_path: Path) -> No
     ("shape", "changes", "says"),
     [
         ((12, 20), {"crop": 13}, "crop: 13; expected at most 12, the images' side"),
-        ((3, 20), {}, r"image_shape: \(3, 20, 1\); expected sides of at least 4 for a U-Net of 2 scales"),
+        ((3, 20), {"scales": 2}, r"image_shape: \(3, 20, 1\); expected sides of at least 4 for a U-Net of 2 scales"),
         ((12, 20), {"scales": 4}, r"image_shape: \(12, 20, 1\); expected sides of at least 16 "),
     ],
 )
