@@ -15,13 +15,14 @@ jaxtyping.install_import_hook(["medvdm.theory", "medvdm.models", "medvdm.trainin
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-# Tests compute little, so what LLVM and the fusion emitters optimise costs more than it saves. Chapters and recorded
-# runs have it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Tests compute little, so what LLVM and the fusion emitters optimise costs more than it saves; and two tests run at a
+# time, so to compile the parts of one program at once does not pay. Chapters and recorded runs have all of it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # no broadcast between arrays of different rank by accident
 
@@ -53,6 +54,8 @@ def small():
 
     The image has three different sides, so a mixed-up axis shows.
     """
+    import tiny
+
     from medvdm.models import vdm
 
     config = vdm.VDMConfig(
@@ -67,10 +70,7 @@ def small():
         decoder_layers=1,
         score_layers=2,
     )
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: vdm.init(config, 0))  # no compilation: any weights will do
-    params = jax.tree.map(lambda p: jnp.asarray(0.4 * rng.standard_normal(p.shape), p.dtype), shapes)
-    return config, vdm.graph_of(config), params
+    return config, vdm.graph_of(config), tiny.weights(config, 0.4)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import json
 import os
@@ -26,9 +27,10 @@ import medvdm
 from medvdm.errors import MissingFileError, RunError
 from medvdm.models import vdm
 from medvdm.runs import config as config_
+from medvdm.runs.config import RunConfig
 from medvdm.runs.store import read_record
 from medvdm.training.checkpoints import Checkpoints
-from medvdm.training.step import init_state
+from medvdm.training.step import TrainState, init_state
 
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
 Usage = namedtuple("Usage", "total used free")
@@ -446,13 +448,18 @@ def test_a_checkpoint_of_another_config(
     assert tree(run) == before
 
 
+@functools.cache
+def state_like(config: RunConfig) -> TrainState:
+    """The shapes of a checkpoint's arrays."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_state(config.model, config.training))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
 def whole_state(path: Path) -> list[np.ndarray]:
     """All arrays of a run's newest checkpoint: weights, average, optimiser."""
     config = read_record(path)[1]
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: init_state(config.model, config.training))
-    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-    settings = config_.fingerprint(read_record(path)[1])
+    like, settings = state_like(config), config_.fingerprint(config)
     with Checkpoints(path / "checkpoints", settings=settings, create=False) as checkpoints:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(like))]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny
 
 from medvdm.models import cascade, denoise, likelihoods, vdm
 from medvdm.theory import gaussian
@@ -26,10 +27,7 @@ CASCADE = {**SETTINGS, "scales": 1, "reduce": 2}
 def model(**changes):
     """A config, its graph and random weights everywhere."""
     config = vdm.VDMConfig(**SETTINGS | changes)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: vdm.new_params(config, 0))
-    params = jax.tree.map(lambda p: jnp.asarray(0.15 * rng.standard_normal(p.shape), p.dtype), shapes)
-    return config, vdm.graph_of(config), params
+    return config, vdm.graph_of(config), tiny.weights(config, 0.15)
 
 
 def noisy(*shape, noise=0.1, seed=0):
@@ -214,9 +212,8 @@ def test_a_draw_is_the_same_in_any_company_and_another_with_another_number_or_se
     assert (np.abs(three[0] - draws(y, 0.1, [0], seed=1, **settings)[0]) > 2 / 255).mean() > 0.1
 
 
-def test_draws_of_a_cascade_have_copies_of_their_own():
+def test_draws_of_a_cascade_have_copies_of_their_own(monkeypatch):
     """The copy of each draw is the reduction of none of the others."""
-    _, graph, params = model(**CASCADE)
     seen = []
     given = denoise._shown
 
@@ -224,13 +221,11 @@ def test_draws_of_a_cascade_have_copies_of_their_own():
         jax.debug.callback(lambda b: seen.append(np.asarray(b)), b)
         return given(b, k)
 
-    denoise._shown = spy
-    try:
-        jax.clear_caches()
-        draws(noisy(1, 16, 16, 1)[0], 0.1, [0, 1], **CASCADE)
-    finally:
-        denoise._shown = given
-        jax.clear_caches()
+    monkeypatch.setattr(denoise, "_shown", spy)
+    denoise.draws.clear_cache()
+    draws(noisy(1, 16, 16, 1)[0], 0.1, [0, 1], **CASCADE)
+    jax.effects_barrier()
+    denoise.draws.clear_cache()
     assert seen[0].shape == (2, 8, 8, 1) and np.abs(seen[0][0] - seen[0][1]).max() > 2 / 255
 
 

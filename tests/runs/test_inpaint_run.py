@@ -58,15 +58,17 @@ def test_a_large_image_reduced_is_the_small_one(pixels, k):
     out = medvdm.restore(pixels, y, CellMean(k), samples=2, **QUICK)
     for draw in (0, 1):
         np.testing.assert_array_equal(cascade.reduced(jnp.asarray(out[:, draw]), k), y)
-    noisy = medvdm.restore(pixels, y, CellMean(k), noise=0.2, **QUICK)
+    noisy = medvdm.restore(pixels, y, CellMean(k), noise=0.2, samples=2, **QUICK)
     assert (np.asarray(cascade.reduced(jnp.asarray(noisy[:, 0]), k)) != y).any()
 
 
 def test_labels_and_guidance_are_those_of_sample(pixels):
     x = np.full((1, 16, 16), 90, np.uint8)
     name = pixels.class_names[0]
-    plain, other = (medvdm.inpaint(pixels, x, MISSING, label=name, guidance=w, **QUICK) for w in (0.0, 3.0))
-    assert (plain != other).any()
+    little, much = (medvdm.inpaint(pixels, x, MISSING, label=name, guidance=w, **QUICK) for w in (1.0, 3.0))
+    assert (little != much).any()
+    other = medvdm.inpaint(pixels, x, MISSING, label=pixels.class_names[1], guidance=1.0, **QUICK)
+    assert (little != other).any()
     with pytest.raises(InputError, match="label: 'Nobody'"):
         medvdm.inpaint(pixels, x, MISSING, label="Nobody", **QUICK)
 

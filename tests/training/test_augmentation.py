@@ -12,6 +12,8 @@ from medvdm.models import cascade
 from medvdm.training import augmentation
 from medvdm.training.step import init_state, jit_step
 
+augment = jax.jit(augmentation.augment, static_argnames=("shift", "size", "exposure"))
+
 
 @pytest.fixture
 def images():
@@ -19,7 +21,7 @@ def images():
 
 
 def test_zero_changes_nothing(images):
-    np.testing.assert_array_equal(augmentation.augment(jax.random.key(0), images), images)
+    np.testing.assert_array_equal(augment(jax.random.key(0), images), images)
 
 
 def test_a_shift_by_whole_rows_repeats_the_border(images):
@@ -41,12 +43,12 @@ def test_resampling_agrees_with_scipy(images, size, shift):
 
 def test_images_stay_in_range_upright_and_each_gets_its_own_draw(images):
     same = jnp.repeat(images[:1], 4, axis=0)
-    out = augmentation.augment(jax.random.key(1), same, shift=0.1, size=0.1, exposure=0.3)
+    out = augment(jax.random.key(1), same, shift=0.1, size=0.1, exposure=0.3)
     assert out.shape == same.shape and float(out.min()) >= 0 and float(out.max()) <= 1
     assert len({float(image.mean()) for image in out}) == 4
     # A ramp that rises to the right and downwards still does: nothing is flipped or turned.
     ramp = jnp.asarray(np.add.outer(np.arange(12), np.arange(9)) / 20, jnp.float32)[None, :, :, None]
-    ramps = augmentation.augment(jax.random.key(2), jnp.repeat(ramp, 50, axis=0), shift=0.1, size=0.1, exposure=0.3)
+    ramps = augment(jax.random.key(2), jnp.repeat(ramp, 50, axis=0), shift=0.1, size=0.1, exposure=0.3)
     assert bool((jnp.diff(ramps, axis=1) >= -1e-6).all()) and bool((jnp.diff(ramps, axis=2) >= -1e-6).all())
 
 
@@ -58,7 +60,7 @@ def changed_ramps(**settings):
     away from the border, one draw shows in both channels and can be read off."""
     place = np.stack(np.mgrid[: SIDES[0], : SIDES[1]], axis=-1)[None] / max(SIDES)
     images = jnp.repeat(jnp.asarray(place, jnp.float32), DRAWS, axis=0)
-    return max(SIDES) * np.asarray(augmentation.augment(jax.random.key(3), images, **settings), np.float64)
+    return max(SIDES) * np.asarray(augment(jax.random.key(3), images, **settings), np.float64)
 
 
 def assert_normal_with(draws, deviation):
@@ -86,14 +88,14 @@ def test_the_spread_of_the_sizes_is_the_setting_and_half_of_it_again_for_each_si
 
 def test_the_spread_of_the_exposures_is_the_setting():
     gray = jnp.full((DRAWS, 2, 1, 1), 0.5)
-    out = np.asarray(augmentation.augment(jax.random.key(4), gray, exposure=0.2), np.float64)
+    out = np.asarray(augment(jax.random.key(4), gray, exposure=0.2), np.float64)
     np.testing.assert_array_equal(out[:, 0], out[:, 1])
     assert_normal_with(np.log(np.log(out[:, 0, 0, 0]) / np.log(0.5)), 0.2)
 
 
 def test_black_stays_black_and_white_stays_white_at_any_exposure():
     ends = jnp.repeat(jnp.asarray([0.0, 1.0]).reshape(1, 2, 1, 1), 100, axis=0)
-    np.testing.assert_array_equal(augmentation.augment(jax.random.key(5), ends, exposure=0.5), ends)
+    np.testing.assert_array_equal(augment(jax.random.key(5), ends, exposure=0.5), ends)
 
 
 def test_training_augments_by_its_settings_and_repeats():
@@ -122,7 +124,7 @@ def places(n, height, width):
 
 def test_whole_gray_values_are_shifted_by_whole_pixels_as_numpy_does_it():
     n, (h, w) = 500, SIDES
-    out = np.asarray(augmentation.augment(jax.random.key(6), places(n, h, w), shift=0.05))
+    out = np.asarray(augment(jax.random.key(6), places(n, h, w), shift=0.05))
     assert out.shape == (n, h, w, 2) and out.dtype == np.uint8
     down, along = 8 - out[:, 8, 12, 0].astype(int), 12 - out[:, 8, 12, 1].astype(int)
     for one, (i, j) in zip(out, zip(down, along, strict=True), strict=True):
@@ -146,9 +148,9 @@ def test_whole_gray_values_go_where_others_go(images, shift):
 
 def test_shifts_invent_no_gray_value_and_none_is_no_shift():
     levels = jnp.asarray(np.random.default_rng(0).choice([3, 77, 250], (20, 9, 7, 1)), jnp.uint8)
-    out = augmentation.augment(jax.random.key(0), levels, shift=0.2)
+    out = augment(jax.random.key(0), levels, shift=0.2)
     assert set(np.unique(out)) <= {3, 77, 250} and np.any(out != levels)
-    np.testing.assert_array_equal(augmentation.augment(jax.random.key(0), levels), levels)
+    np.testing.assert_array_equal(augment(jax.random.key(0), levels), levels)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
