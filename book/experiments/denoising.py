@@ -9,6 +9,7 @@ Anscombe transform. No method is told that gray values are whole numbers. Streng
 validation images, for each noise. BM3D and wavelets take part where their packages are installed
 (`pip install bm3d PyWavelets`).
 
+* `runs`: what each run was trained on, for how long, and its bound on validation images.
 * `strengths`: what was chosen, and whether the grid ends there.
 * `fidelity`: on test images, one per patient: means of PSNR (dB), SSIM, gradient correlation and edge displacement
   (pixels) with standard errors, and seconds per image, one at a time: the median and the least.
@@ -53,6 +54,7 @@ from medvdm.evaluation import fidelity
 from medvdm.evaluation.filters import FILTERS, Filter
 from medvdm.evaluation.statistics import auc, clustered_stderr
 from medvdm.runs.run import Run, load, load_data
+from medvdm.runs.store import EVALUATIONS, METRICS, read_lines, read_record
 from medvdm.theory.anscombe import stabilised, unstabilised
 from scipy.ndimage import binary_dilation
 
@@ -414,6 +416,20 @@ def observed(u: np.ndarray, ideal: np.ndarray) -> dict[str, float]:
     )
 
 
+def trained(path: Path) -> dict[str, Any]:
+    """A run in one row."""
+    start, config = read_record(path)
+    steps = read_lines(path / METRICS)
+    looks = [look for look in read_lines(path / EVALUATIONS) if look["weights"] == "ema"]
+    return {
+        "run": path.name,
+        "command": record.train_command(config),
+        "devices": start["environment"]["devices"],
+        "minutes": sum(1 / line["steps_per_second"] for line in steps) / 60,
+        "val_bpd": looks[-1]["vlb_bpd"],
+    }
+
+
 # --- The figure ---------------------------------------------------------------------------------------------------
 
 
@@ -459,7 +475,8 @@ def main() -> None:
     start = time.perf_counter()
     kept = Kept(options.keep)
     runs = {path.name: load(path, ema=True) for path in options.runs}
-    results: dict[str, Rows] = {"strengths": []}
+    all_runs = [*options.runs, *([options.phantom_run] if options.phantom_run else [])]
+    results: dict[str, Rows] = {"runs": [trained(path) for path in all_runs], "strengths": []}
     data = load_data(next(iter(runs.values())), data_dir=options.data_dir)
     if "fidelity" not in options.skip:
         results |= fidelity_tables(kept, runs, data, options)
