@@ -25,8 +25,8 @@ validation images, for each noise. BM3D and wavelets take part where their packa
       u1 = <f(y1) - x0, d> / |d|^2   (right: 1; below, it was removed),
       c  = u1 - u0, the contrast that is left,     d' = c |d| / S / deviation of u |d| / S over draws of the noise,
 
-  and efficiency, d' over |d| / S, is at most 1 but for chance. Strengths of opacities are such that |d| / S is 1.5, 4
-  or 10 at each radius. `auc`: with against without, from different noise.
+  and efficiency, d' over |d| / S, is at most 1 but for chance. Strengths of opacities are such that |d| / S is 2 or 6
+  at each radius. `auc`: with against without, from different noise.
 
 `denoising.png`, a figure of one test image, is written too. With `--keep FILE` every measured number is kept in that
 file, and not measured again by the next call.
@@ -67,7 +67,7 @@ MEASURES = ("psnr", "ssim", "gradient_correlation", "edge_displacement")
 BONE = 0.02  #: gray values that bone adds where there is any
 ANGLE = 0.06  #: of the side: half of the window around a costophrenic angle
 RADII = (0.02, 0.04, 0.07, 0.12)  #: of opacities, of the side
-VISIBLE = (1.5, 4.0, 10.0)  #: |d| / S
+VISIBLE = (2.0, 6.0)  #: |d| / S
 CROP = 128  #: pixels around an opacity
 INVENTED_NOISE = 0.1
 Rows = list[dict[str, Any]]
@@ -150,7 +150,7 @@ def best_strength(kept: Kept, where: str, noise: Noise, name: str, truths: np.nd
 
     def score(i: int) -> float:
         def measured() -> float:
-            y = [noise.removed(one, one.strengths[i], noise.added(x, 10_000 + k)) for k, x in enumerate(truths)]
+            y = [noise.removed(one, one.strengths[i], noise.added(x, 1_000_000 + k)) for k, x in enumerate(truths)]
             return float(fidelity.psnr(np.stack(y)[..., None], truths[..., None]).mean())
 
         return kept.of(("strength", where, len(truths), noise.name, name, one.strengths[i]), measured)
@@ -189,9 +189,20 @@ def methods_of(
 
 
 def measured(
-    kept: Kept, where: str, noise: Noise, methods: dict[str, Method], truths: np.ndarray, masks: dict[str, np.ndarray]
+    kept: Kept,
+    where: str,
+    noise: Noise,
+    methods: dict[str, Method],
+    truths: np.ndarray,
+    numbers: np.ndarray,
+    masks: dict[str, np.ndarray],
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Of each method, each measure of each image, and seconds. Masks (n, h, w) by name are for edges."""
+    """Of each method, each measure of each image, and seconds.
+
+    Args:
+        truths, numbers: (n, h, w), and the images' numbers in their set.
+        masks: (n, h, w) by name, for edges.
+    """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for name, method in methods.items():
         warm = False
@@ -199,7 +210,7 @@ def measured(
 
             def one(k: int = k, x: np.ndarray = x, name: str = name, method: Method = method) -> dict[str, float]:
                 nonlocal warm
-                y = noise.added(x, k)
+                y = noise.added(x, int(numbers[k]))
                 if not warm:  # compiles, or loads
                     method(y)
                     warm = True
@@ -213,7 +224,7 @@ def measured(
                     values[f"edge_displacement_{mask}"] = float(moved)
                 return values | {"seconds": seconds}
 
-            found[name].append(kept.of(("measured", where, noise.name, name, k), one))
+            found[name].append(kept.of(("measured", where, noise.name, name, int(numbers[k])), one))
         say(where, noise.name, name, *(f"{m} {np.mean([v[m] for v in found[name]]):.4f}" for m in MEASURES))
     return {name: {m: np.array([v[m] for v in values]) for m in values[0]} for name, values in found.items()}
 
@@ -258,7 +269,7 @@ def fidelity_tables(kept: Kept, runs: dict[str, Run], data: ImageData, options: 
     rows: dict[str, Rows] = {"strengths": [], "fidelity": [], "paired": []}
     for noise in NOISES:
         methods, strengths = methods_of(kept, "nih", noise, tuning, runs)
-        found = measured(kept, f"nih {options.split}", noise, methods, truths, {})
+        found = measured(kept, f"nih {options.split}", noise, methods, truths, chosen, {})
         means, pairs = tables(noise, found, list(runs), data.patients[chosen])
         for name, part in (("strengths", strengths), ("fidelity", means), ("paired", pairs)):
             rows[name] += part
@@ -299,7 +310,7 @@ def phantom_tables(
     rows: dict[str, Rows] = {"strengths": [], "phantom": [], "phantom-paired": []}
     for noise in NOISES[1:2] if options.quick else NOISES[:2]:
         methods, strengths = methods_of(kept, f"phantom {size}", noise, tuning, runs)
-        found = measured(kept, f"phantom {size}", noise, methods, truths, masks)
+        found = measured(kept, f"phantom {size}", noise, methods, truths, indices, masks)
         means, pairs = tables(noise, found, list(runs), indices)
         for name, part in (("strengths", strengths), ("phantom", means), ("phantom-paired", pairs)):
             rows[name] += part
@@ -377,7 +388,7 @@ def templates(
     """<f(y) - x0, d> / |d|^2 of images x (n, h, w), for each image and draw of the noise."""
 
     def one(b: int, draw: int) -> float:
-        y = NOISES[1].added(x[b], 100_000 + 1000 * b + draw)  # the same noise with and without the opacity
+        y = NOISES[1].added(x[b], 2_000_000 + 1000 * b + draw)  # the same noise with and without the opacity
         return float(np.sum((method(y) - x0[b]) * d[b]) / np.sum(d[b] ** 2))
 
     return [
@@ -458,11 +469,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data-dir", help="the folder of the NIH images")
     parser.add_argument("--phantom-run", type=Path, help="a run on phantoms; its size is that of the phantoms")
-    parser.add_argument("--num", type=int, default=64, help="test images, one per patient")
+    parser.add_argument("--num", type=int, default=32, help="test images, one per patient")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="val is for developing")
-    parser.add_argument("--val", type=int, default=8, help="validation images, on which strengths are chosen")
-    parser.add_argument("--phantoms", type=int, default=24, help="of other patients than any run's")
-    parser.add_argument("--pairs", type=int, default=8, help="backgrounds of opacities")
+    parser.add_argument("--val", type=int, default=4, help="validation images, on which strengths are chosen")
+    parser.add_argument("--phantoms", type=int, default=12, help="of other patients than any run's")
+    parser.add_argument("--pairs", type=int, default=6, help="backgrounds of opacities")
     parser.add_argument("--draws", type=int, default=4, help="of noise for each")
     parser.add_argument("--quick", action="store_true", help="phantoms with one noise level only")
     parser.add_argument("--skip", nargs="*", default=[], choices=["fidelity", "phantom", "figure"])
