@@ -25,7 +25,7 @@ validation images, for each noise. BM3D and wavelets take part where their packa
       u1 = <f(y1) - x0, d> / |d|^2   (right: 1; below, it was removed),
       c  = u1 - u0, the contrast that is left,     d' = c |d| / S / deviation of u |d| / S over draws of the noise,
 
-  and efficiency, d' over |d| / S, is at most 1 but for chance. Strengths of opacities are such that |d| / S is 2 or 6
+  and efficiency, d' over that of y from the same draws, is at most 1 but for chance. Strengths of opacities are such that |d| / S is 2 or 6
   at each radius. `auc`: with against without, from different noise.
 
 `denoising.png`, a figure of one test image, is written too. With `--keep FILE` every measured number is kept in that
@@ -362,15 +362,15 @@ def invented_table(kept: Kept, methods: dict[str, Method], size: int, options: a
     for radius in RADII:
         for visible in VISIBLE:
             x0, x1, norm, strength = with_opacity(ill, size, radius, visible)
+            u = {}
             for name, method in methods.items():
                 key = ("invented", size, radius, visible, name)
-                u = np.array(
-                    [templates(kept, (*key, i), method, x, x0, x1 - x0, options) for i, x in enumerate((x0, x1))]
-                )
+                both = [templates(kept, (*key, i), method, x, x0, x1 - x0, options) for i, x in enumerate((x0, x1))]
+                u[name] = np.array(both)
                 rows.append(
                     {"radius": radius, "method": name, "num_pairs": len(ill), "num_draws": options.draws}
                     | {"strength": float(strength.mean()), "ideal": float((norm / INVENTED_NOISE).mean())}
-                    | observed(u, norm / INVENTED_NOISE)
+                    | observed(u[name], u["noisy"], norm / INVENTED_NOISE)
                 )
                 say(rows[-1])
     return rows
@@ -397,18 +397,26 @@ def templates(
     ]
 
 
-def observed(u: np.ndarray, ideal: np.ndarray) -> dict[str, float]:
-    """What an observer of u (without or with, backgrounds, draws) finds; ``ideal`` is |d| / S of each background."""
+def observed(u: np.ndarray, of_noisy: np.ndarray, ideal: np.ndarray) -> dict[str, float]:
+    """What an observer of u (without or with, backgrounds, draws) finds.
+
+    Args:
+        u, of_noisy: of a method, and of the noisy image with the same noise.
+        ideal: |d| / S of each background.
+    """
     n, draws = u.shape[1:]
     backgrounds = np.arange(n)
 
     def mean(values: np.ndarray, name: str) -> dict[str, float]:
         return {name: float(values.mean()), f"{name}_se": clustered_stderr(values.mean(axis=1), backgrounds)}
 
+    def visibility(u: np.ndarray, ideal: np.ndarray) -> float:
+        """d'; the deviation is over draws of the noise, within a background."""
+        v = u * ideal[:, None]
+        return float((v[1] - v[0]).mean() / math.sqrt(v.var(axis=2, ddof=1).mean()))
+
     def efficiency(which: np.ndarray) -> float:
-        v = u[:, which] * ideal[which, None]
-        deviation = math.sqrt(v.var(axis=2, ddof=1).mean())
-        return float((v[1] - v[0]).mean() / deviation / ideal[which].mean())
+        return visibility(u[:, which], ideal[which]) / visibility(of_noisy[:, which], ideal[which])
 
     left_out = np.array([efficiency(np.delete(backgrounds, b)) for b in backgrounds])
     jackknife = math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2)))
