@@ -25,8 +25,8 @@ validation images, for each noise. BM3D and wavelets take part where their packa
       u1 = <f(y1) - x0, d> / |d|^2   (right: 1; below, it was removed),
       c  = u1 - u0, the contrast that is left,     d' = c |d| / S / deviation of u |d| / S over draws of the noise,
 
-  and efficiency, d' over that of y from the same draws, is at most 1 but for chance. Strengths of opacities are such that |d| / S is 2 or 6
-  at each radius. `auc`: with against without, from different noise.
+  and efficiency, d' over that of y from the same draws, is at most 1 but for chance. Strengths of opacities are such
+  that |d| / S is 2 or 6 at each radius. `auc`: with against without, from different noise.
 
 `denoising.png`, a figure of one test image, is written too. With `--keep FILE` every measured number is kept in that
 file, and not measured again by the next call.
