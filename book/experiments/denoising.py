@@ -28,8 +28,8 @@ validation images, for each noise. BM3D and wavelets take part where their packa
   and efficiency, d' over that of y from the same draws, is at most 1 but for chance. Strengths of opacities are such
   that |d| / S is 2 or 6 at each radius. `auc`: with against without, from different noise.
 
-`denoising.png`, a figure of one test image, is written too. With `--keep FILE` every measured number is kept in that
-file, and not measured again by the next call.
+`denoising.png`, a figure of one phantom at noise 0.1, is written too. With `--keep FILE` every measured number is kept
+in that file, and not measured again by the next call, whose seconds alone the record has.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ VISIBLE = (2.0, 6.0)  #: |d| / S
 SLOW = {"bm3d": 8}  #: methods that take seconds per image: how many images they are measured on, spread over the others
 CROP = 128  #: pixels around an opacity
 INVENTED_NOISE = 0.1
+SHOWN = 4  #: the phantom of the figure
+IN_FIGURE = ("noisy", "perona-malik", "non-local means", "bm3d")  #: and the runs
 Rows = list[dict[str, Any]]
 Method = Callable[[np.ndarray], np.ndarray]  #: of a noisy image (h, w)
 
@@ -465,21 +467,24 @@ def trained(path: Path) -> dict[str, Any]:
 # --- The figure ---------------------------------------------------------------------------------------------------
 
 
-def figure(methods: dict[str, Method], truth: np.ndarray, path: Path) -> None:
-    """The truth, the noisy image and what methods make of it; below each, a costophrenic angle three times larger."""
+def figure(methods: dict[str, Method], size: int, path: Path) -> None:
+    """A phantom, with noise, and what methods make of it; below, its costophrenic angle on the left, larger."""
     from medvdm.plotting import subplots
 
-    y = NOISES[1].added(truth, 0)
+    (truth,), factors = drawn(np.array([SHOWN]), size)
+    y = NOISES[1].added(truth, SHOWN)
     shown = {"truth": truth} | {name: method(y) for name, method in methods.items()}
-    fig, axes = subplots(2, len(shown), figsize=(2.0 * len(shown), 4.2))
-    side = truth.shape[0]
-    inset = np.s_[int(0.62 * side) : int(0.92 * side), int(0.05 * side) : int(0.35 * side)]
+    column, row = (size * phantom.costophrenic_angles(factors)[0, 0]).astype(int)
+    half = size // 8
+    top, left = (int(np.clip(v - half, 0, size - 2 * half)) for v in (row - half // 2, column + half // 2))
+    inset = np.s_[top : top + 2 * half, left : left + 2 * half]
+    fig, axes = subplots(2, len(shown), width=1.4 * len(shown), height=3.2)
     for (name, image), (upper, lower) in zip(shown.items(), axes.T, strict=True):
         for ax, part in ((upper, image), (lower, image[inset])):
             ax.imshow(part, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_axis_off()
         upper.set_title(name)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path)
 
 
 # --- All ----------------------------------------------------------------------------------------------------------
@@ -497,7 +502,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=6, help="backgrounds of opacities")
     parser.add_argument("--draws", type=int, default=4, help="of noise for each")
     parser.add_argument("--quick", action="store_true", help="phantoms with one noise level only")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["fidelity", "phantom", "figure"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["fidelity", "phantom"])
     parser.add_argument("--keep", type=Path, help="a file that numbers are kept in")
     return parser
 
@@ -518,15 +523,8 @@ def main() -> None:
         found, methods = phantom_tables(kept, both, size, options)
         results["strengths"] += found.pop("strengths")
         results |= found | {"invented": invented_table(kept, methods, size, options)}
-    if "figure" not in options.skip:
-        tuning = data.levels(one_per_patient(data, "val", options.val))[..., 0] / 255.0
-        methods, _ = methods_of(kept, "nih", NOISES[1], tuning, runs)
-        shown = {
-            name: methods[name] for name in ("noisy", "perona-malik", "non-local means", "bm3d") if name in methods
-        }
-        shown |= {"model": methods[next(iter(runs))]}
-        truth = data.levels(one_per_patient(data, options.split, options.num)[:1])[0, ..., 0] / 255.0
-        figure(shown, truth, record.RESULTS / "denoising.png")
+        shown = {name: one for name, one in methods.items() if name in {*IN_FIGURE, *both}}
+        figure(shown, size, record.RESULTS / "denoising.png")
     config = next(iter(runs.values())).config
     record.experiment("denoising", config=config, seconds=time.perf_counter() - start, results=results)
 
