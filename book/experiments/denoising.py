@@ -503,7 +503,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=4, help="of noise for each")
     parser.add_argument("--quick", action="store_true", help="phantoms with one noise level only")
     parser.add_argument("--skip", nargs="*", default=[], choices=["fidelity", "phantom"])
-    parser.add_argument("--keep", type=Path, help="a file that numbers are kept in")
+    parser.add_argument("--keep", type=Path, help="a file that the numbers of calls with the same options are kept in")
     return parser
 
 
