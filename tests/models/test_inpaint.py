@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from medvdm.errors import DivergedError, InputError
-from medvdm.models import cascade, vdm
-from medvdm.models.inpaint import CONTRAST, Seen, copy_of_known, draws, of_copy, with_cell_means
+from medvdm.models import cascade, inpaint, vdm
+from medvdm.models.inpaint import CONTRAST, Seen, draws, with_cell_means
 from medvdm.models.likelihoods import level_values
 from medvdm.theory.conditional import CellMean, Mask
 
@@ -16,6 +16,9 @@ MODEL = {
     **{"architecture": "unet", "image_shape": (8, 16, 1), "gamma_min": -9.0, "gamma_max": 5.0, "embedding_dim": 4},
     **{"width": 4, "scales": 1, "base_scales": 1, "blocks": 1, "details": "none", "patch": 2},
 }
+
+of_copy = jax.jit(inpaint.of_copy, static_argnums=1)
+copy_of_known = jax.jit(inpaint.copy_of_known, static_argnums=3)
 
 
 def gray(*shape, seed=0):
