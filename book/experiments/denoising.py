@@ -68,7 +68,9 @@ BONE = 0.02  #: gray values that bone adds where there is any
 ANGLE = 0.06  #: of the side: half of the window around a costophrenic angle
 RADII = (0.01, 0.02, 0.04, 0.1)  #: of opacities, of the side
 VISIBLE = (2.0, 6.0)  #: |d| / S
-SLOW = {"bm3d": 16}  #: methods that take seconds per image: how many images they are measured on, spread over the others
+SLOW = {
+    "bm3d": 16
+}  #: methods that take seconds per image: how many images they are measured on, spread over the others
 CROP = 128  #: pixels around an opacity
 INVENTED_NOISE = 0.1
 SHOWN = 4  #: the phantom of the figure
