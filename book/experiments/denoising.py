@@ -43,9 +43,8 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import medvdm
 import numpy as np
@@ -68,9 +67,8 @@ BONE = 0.02  #: gray values that bone adds where there is any
 ANGLE = 0.06  #: of the side: half of the window around a costophrenic angle
 RADII = (0.01, 0.02, 0.04, 0.1)  #: of opacities, of the side
 VISIBLE = (2.0, 6.0)  #: |d| / S
-SLOW = {
-    "bm3d": 16
-}  #: methods that take seconds per image: how many images they are measured on, spread over the others
+#: Methods that take seconds per image, and how many images they are measured on, spread over the others.
+SLOW = {"bm3d": 16}
 CROP = 128  #: pixels around an opacity
 INVENTED_NOISE = 0.1
 SHOWN = 4  #: the phantom of the figure
@@ -86,8 +84,7 @@ def say(*words: object) -> None:
 # --- Noise --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """Normal noise of a deviation; with a gain in gray values per photon, low dose."""
 
     name: str
