@@ -260,9 +260,9 @@ def test_training_changes_everything_but_the_measured_part(start):
 def test_a_run_trains_resumes_and_samples(tmp_path):
     import medvdm
 
-    settings = preset(
-        "linear-start", data="phantom", num_images=60, image_size=16, latent=6, batch_size=8, steps=4, basis_copies=1
-    )
+    of_data = {"data": "phantom", "num_images": 60, "image_size": 16, "batch_size": 8, "basis_copies": 1}
+    of_networks = {"latent": 6, "decoder_width": 8, "decoder_layers": 1, "score_layers": 1, "inner_width": 16}
+    settings = preset("linear-start", steps=4, **of_data, **of_networks)
     run = medvdm.fit(settings, tmp_path / "run", progress=False)
     loaded = medvdm.load(tmp_path / "run")
     np.testing.assert_array_equal(loaded.params["basis"]["components"], run.params["basis"]["components"])
