@@ -194,10 +194,8 @@ def test_runs_that_differ_in_their_numbers_share_one_program_and_its_numbers_are
     images, labels = batch(config)
     shared = jit_step(config, TRAIN)
     for changes in (
-        {"seed": 7},
-        {"steps": 35, "final_fraction": 0.1},
-        {"learning_rate": 1e-2, "warmup_steps": 0},
-        {"warmup_steps": 40, "batch_size": 3},
+        {"seed": 7, "steps": 35, "final_fraction": 0.1, "warmup_steps": 0},
+        {"learning_rate": 1e-2, "warmup_steps": 40, "batch_size": 3},
     ):
         train = dataclasses.replace(TRAIN, **changes)
         step = jit_step(config, train)
