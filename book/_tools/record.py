@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jsonschema
+import numpy as np
 from medvdm import data as data_
 from medvdm.cli import options
 from medvdm.cli.parsing import parse
@@ -97,7 +98,7 @@ def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
         "version": start["version"],
         "commit": commit,
         "environment": start["environment"],
-        "seconds": round(sum(1 / line["steps_per_second"] for line in steps)),
+        "seconds": round(training_seconds(steps)),
         "data": start["data"],
         "metrics": _binned(steps),
         "validation": read_lines(run / EVALUATIONS),
@@ -194,6 +195,20 @@ def phantom_curve(config: RunConfig) -> dict[str, Any]:
 def say(*words: object) -> None:
     """Tell the progress of an experiment on stderr, with the time of day."""
     print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+
+
+def training_seconds(steps: list[dict[str, Any]]) -> float:
+    """What the steps of a run took by their own clocks, from the lines of its metrics."""
+    return sum(1 / line["steps_per_second"] for line in steps)
+
+
+def one_per_patient(data: ImageData, split: str, num: int) -> np.ndarray:
+    """Indices of at most ``num`` images of a split, the first of each patient, so that their errors are independent;
+    spread over the split."""
+    indices = data.indices(split)
+    _, first = np.unique(data.patients[indices], return_index=True)
+    indices = indices[np.sort(first)]
+    return indices[np.rint(np.linspace(0, len(indices) - 1, min(num, len(indices)))).astype(int)]
 
 
 def commit_here() -> str:

@@ -288,7 +288,7 @@ def main() -> None:
         Task(trained(options.work / "nih-conditional", **nih)),
         Task(trained(options.work / "phantom-conditional")),
     ]
-    training = sum(1 / line["steps_per_second"] for run in (free, *(t.run for t in tasks)) for line in run.metrics())
+    training = sum(record.training_seconds(run.metrics()) for run in (free, *(t.run for t in tasks)))
     start = time.perf_counter()
     tables: dict[str, list[dict[str, object]]] = {
         "classifiers": [],

@@ -36,7 +36,6 @@ in that file, and not measured again by the next call, whose seconds alone the r
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
@@ -50,6 +49,7 @@ from typing import Any, NamedTuple
 import medvdm
 import numpy as np
 from medvdm.data import ImageData, phantom
+from medvdm.errors import MissingPackageError
 from medvdm.evaluation import fidelity
 from medvdm.evaluation.filters import FILTERS, Filter
 from medvdm.evaluation.statistics import auc, clustered_stderr
@@ -77,10 +77,6 @@ SHOWN = 4  #: the phantom of the figure
 IN_FIGURE = ("noisy", "perona-malik", "non-local means", "bm3d")  #: and the runs
 Rows = list[dict[str, Any]]
 Method = Callable[[np.ndarray], np.ndarray]  #: of a noisy image (h, w)
-
-
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
 # --- Noise --------------------------------------------------------------------------------------------------------
@@ -141,10 +137,13 @@ class Kept:
 
 
 def installed() -> dict[str, Filter]:
-    needs = {"bm3d": "bm3d", "wavelet": "pywt"}
-    found = {name: one for name, one in FILTERS.items() if importlib.util.find_spec(needs.get(name, "numpy"))}
-    for name in FILTERS.keys() - found.keys():
-        say(name, "is left out: its package is not installed")
+    found = {}
+    for name, one in FILTERS.items():
+        try:
+            one(np.zeros((16, 16)), 0.1, one.strengths[0])
+            found[name] = one
+        except MissingPackageError as error:
+            record.say("left out:", error)
     return found
 
 
@@ -185,7 +184,7 @@ def methods_of(
     for name, one in installed().items():
         strength, at_end = best_strength(kept, where, noise, name, tuning)
         rows.append({"images": where, "noise": noise.name, "method": name, "strength": strength, "grid_ends": at_end})
-        say(rows[-1])
+        record.say(rows[-1])
         methods[name] = lambda y, one=one, strength=strength: noise.removed(one, strength, y)
     return methods | {name: model_method(run, noise) for name, run in runs.items()}, rows
 
@@ -225,7 +224,7 @@ def measured(
                 return values
 
             found[name].append(kept.of(("measured", where, noise.name, name, int(numbers[k])), one))
-        say(where, noise.name, name, *(f"{m} {np.mean([v[m] for v in found[name] if v]):.4f}" for m in MEASURES))
+        record.say(where, noise.name, name, *(f"{m} {np.mean([v[m] for v in found[name] if v]):.4f}" for m in MEASURES))
     return {name: {m: np.array([v.get(m, np.nan) for v in vs]) for m in vs[0]} for name, vs in found.items()}
 
 
@@ -262,17 +261,9 @@ def seconds_of(method: Method, y: np.ndarray) -> float:
     return statistics.median(times[1:])
 
 
-def one_per_patient(data: ImageData, split: str, num: int) -> np.ndarray:
-    """Indices of at most ``num`` images of a split, the first of each patient, spread over the split."""
-    indices = data.indices(split)
-    _, first = np.unique(data.patients[indices], return_index=True)
-    indices = indices[np.sort(first)]
-    return indices[np.rint(np.linspace(0, len(indices) - 1, min(num, len(indices)))).astype(int)]
-
-
 def fidelity_tables(kept: Kept, runs: dict[str, Run], data: ImageData, options: argparse.Namespace) -> dict[str, Rows]:
-    tuning = data.levels(one_per_patient(data, "val", options.val))[..., 0] / 255.0
-    chosen = one_per_patient(data, options.split, options.num)
+    tuning = data.levels(record.one_per_patient(data, "val", options.val))[..., 0] / 255.0
+    chosen = record.one_per_patient(data, options.split, options.num)
     truths = data.levels(chosen)[..., 0] / 255.0
     rows: dict[str, Rows] = {"strengths": [], "seconds": [], "fidelity": [], "paired": []}
     for noise in NOISES:
@@ -337,7 +328,7 @@ def with_opacity(
     opacities' strengths."""
     n = len(indices)
     none = {"num_opacities": np.zeros(n, int)}
-    x0, factors = drawn(indices, size, **none)
+    x0, _ = drawn(indices, size, **none)
     _, own = drawn(indices, 8)
     zeros = np.zeros((n, phantom.MAX_OPACITIES - 1))
 
@@ -389,7 +380,7 @@ def invented_table(kept: Kept, methods: dict[str, Method], size: int, options: a
                     | {"strength": float(strength.mean()), "ideal": float((norm / INVENTED_NOISE).mean())}
                     | observed(u[name], u["noisy"], norm / INVENTED_NOISE)
                 )
-                say(rows[-1])
+                record.say(rows[-1])
     return rows
 
 
@@ -456,13 +447,12 @@ def observed(u: np.ndarray, of_noisy: np.ndarray, ideal: np.ndarray) -> dict[str
 def trained(path: Path) -> dict[str, Any]:
     """A run in one row."""
     start, config = read_record(path)
-    steps = read_lines(path / METRICS)
     looks = [look for look in read_lines(path / EVALUATIONS) if look["weights"] == "ema"]
     return {
         "run": path.name,
         "command": record.train_command(config),
         "devices": start["environment"]["devices"],
-        "minutes": sum(1 / line["steps_per_second"] for line in steps) / 60,
+        "minutes": record.training_seconds(read_lines(path / METRICS)) / 60,
         "val_bpd": looks[-1]["vlb_bpd"],
     }
 

@@ -42,10 +42,6 @@ REPEATS = 20
 Rows = list[dict[str, Any]]
 
 
-def say(*words: object) -> None:
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
-
 def trainings(data_dir: str | None, share: float) -> dict[str, RunConfig]:
     """The three trainings by name, for a share of their steps."""
     xrays = {"data": "nih", "data_dir": data_dir} if data_dir else {"data": "phantom", "num_images": 100}
@@ -91,7 +87,7 @@ def measure_times(asked: dict[str, RunConfig], path: Path) -> None:
         for dtype, size in [("float32", batch), ("bfloat16", batch), *larger]:
             seconds = step_seconds(change(config, dtype=dtype, batch_size=size), images)
             rows.append({"training": name, "dtype": dtype, "batch": size, "seconds": seconds})
-            say(rows[-1])
+            record.say(rows[-1])
             path.write_text(json.dumps(rows))
 
 
@@ -102,8 +98,7 @@ def found(name: str, run: Path) -> tuple[dict[str, Any], Rows]:
         {"training": name} | {k: v for k, v in look.items() if isinstance(v, int | float) and np.isfinite(v)}
         for look in read_lines(run / EVALUATIONS)
     ]
-    seconds = sum(1 / line["steps_per_second"] for line in steps)
-    return {"training": name, "steps": len(steps), "seconds": round(seconds)}, looks
+    return {"training": name, "steps": len(steps), "seconds": round(record.training_seconds(steps))}, looks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,7 +116,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     measured = options.out / "times.json"
     for part in (p for p in PARTS if p in options.parts):
-        say(part)
+        record.say(part)
         if part == "times":
             measure_times(asked, measured)
         elif part in asked:

@@ -26,8 +26,8 @@ from typing import Any
 
 import medvdm
 import numpy as np
-from medvdm.data import ImageData
-from medvdm.runs.run import Run, load, load_data
+from medvdm.runs.run import load, load_data
+from medvdm.runs.store import read_record
 from medvdm.theory.flow import FlowConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
@@ -38,9 +38,10 @@ BOUND_DRAWS, PATHS, FLOW_DRAWS = 64, 16, 2
 
 def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run's rows: a mean over the same images for each method, with its errors."""
-    run = _load(path)
+    _, config = read_record(path)
+    run = load(path, ema=bool(config.training.ema_decay))
     data = load_data(run, data_dir=options.data_dir if run.config.data.data == "nih" else None)
-    chosen = _one_of_each(data, options.split, options.num)
+    chosen = record.one_per_patient(data, options.split, options.num)
     x = data.levels(chosen) if run.eight_bit else data.read(chosen)
     latent = run.config.model.image_shape if run.eight_bit else (run.config.model.latent,)
     divergence = FlowConfig().kind(math.prod(latent))
@@ -78,18 +79,6 @@ def rows_of(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _one_of_each(data: ImageData, split: str, num: int) -> np.ndarray:
-    """Indices of images of ``num`` patients, the first one of each, so that their errors are independent."""
-    there = data.indices(split)
-    first = there[np.sort(np.unique(data.patients[there], return_index=True)[1])]
-    return first[np.rint(np.linspace(0, len(first) - 1, min(num, len(first)))).astype(int)]
-
-
-def _load(path: Path) -> Run:
-    run = load(path)
-    return load(path, ema=True) if run.config.training.ema_decay else run
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="at least one; the record has the settings of the last one")
@@ -107,7 +96,7 @@ def main() -> None:
     options = parser().parse_args()
     start = time.perf_counter()
     rows = [row for path in options.runs for row in rows_of(path, options)]
-    config = _load(options.runs[-1]).config
+    _, config = read_record(options.runs[-1])
     record.experiment("likelihood", config=config, seconds=time.perf_counter() - start, results={"likelihoods": rows})
 
 
