@@ -1,0 +1,74 @@
+"""What a notebook shows besides figures."""
+
+import numpy as np
+import pytest
+
+from medvdm.errors import InputError
+from medvdm.notebook import checked, checked_mean, checked_that, table
+
+
+def test_a_check_prints_its_largest_error(capsys):
+    checked("halves", [1.0, 2.0], [1.0, 2.0003], atol=1e-3, of="2 numbers")
+    checked("halves", [1.0, 2.0], [1.0, 2.002], rtol=1e-2)
+    assert capsys.readouterr().out.splitlines() == [
+        "checked: halves, largest error 3e-04 of 2 numbers",
+        "checked: halves, largest relative error 1e-03",
+    ]
+
+
+def test_a_check_fails_where_the_routes_part():
+    with pytest.raises(AssertionError, match="halves"):
+        checked("halves", [1.0, 2.0], 1.0, atol=0.9)
+    with pytest.raises(AssertionError):
+        checked("nothing is no number", np.nan, 1.0, atol=1.0)
+    with pytest.raises(InputError, match="rtol 0.0 and atol 0.0"):
+        checked("halves", 1.0, 1.0)
+    with pytest.raises(InputError, match="compares nothing"):
+        checked("halves", [], [], atol=1.0)
+
+
+def test_a_mean_is_held_to_its_standard_error(capsys):
+    draws = np.random.default_rng(0).normal(3.0, 2.0, 10_000)
+    checked_mean("the mean", draws, 3.0)
+    off = abs(draws.mean() - 3.0) / (draws.std(ddof=1) / 100)
+    assert capsys.readouterr().out == f"checked: the mean, {off:.1f} standard errors off in 10,000 draws\n"
+    with pytest.raises(AssertionError, match="the mean"):
+        checked_mean("the mean", draws, 3.2)
+    with pytest.raises(InputError, match="1 samples"):
+        checked_mean("the mean", [1.0], 1.0)
+
+
+def test_a_claim_says_by_how_much(capsys):
+    checked_that("rising", np.diff([1, 2, 4]) > 0, "least step 1")
+    assert capsys.readouterr().out == "checked: rising, least step 1\n"
+    with pytest.raises(AssertionError, match="rising: not so; least step -1"):
+        checked_that("rising", np.diff([1, 0, 4]) > 0, "least step -1")
+
+
+def test_a_table_marks_the_best_of_the_models_and_never_a_yardstick():
+    found = table(
+        {"floor": [0.79, None], "a": [(0.8123, 0.0021), 1234.0], "b": [0.8119, -3.0], "c": [0.9, "no"]},
+        {"bits": "low", "PSNR, dB": "high"},
+        digits=[3, 0],
+        yardsticks=1,
+        corner="model",
+    )
+    assert found._repr_markdown_().splitlines() == [
+        "| model | bits ↓ | PSNR, dB ↑ |",
+        "|---|---:|---:|",
+        "| *floor* | *0.790* |  |",
+        "| a | **0.812 ± 0.002** | **1,234** |",
+        "| b | **0.812** | −3 |",  # equal as printed, so both are marked
+        "| c | 0.900 | no |",
+    ]
+
+
+def test_a_column_without_a_direction_has_no_best():
+    assert "**" not in repr(table({"a": [1.0], "b": [2.0]}, {"seed": None}))
+
+
+def test_rows_and_digits_must_fit_the_columns():
+    with pytest.raises(InputError, match="'a' has 1 entries; expected 2"):
+        table({"a": [1.0]}, {"x": None, "y": None})
+    with pytest.raises(InputError, match="digits: 2 for 1 columns"):
+        table({"a": [1.0]}, {"x": None}, digits=[1, 2])
