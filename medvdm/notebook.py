@@ -1,4 +1,5 @@
-"""What a notebook shows besides figures: the line of a check, and a table of results. Neither needs IPython.
+"""What a notebook shows besides figures: the line of a check, and a table of results with one row for all seeds of a
+training. None needs IPython.
 
 A check computes one thing by two routes. :func:`checked` and its two siblings fail where the routes part, and print one
 line with the error where they meet, so that a reader sees how well a formula holds and not merely that it does.
@@ -8,14 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from medvdm.errors import InputError
 
-#: What a cell of a table may hold: a text, a number, a value with its standard error, or nothing.
-Entry = str | float | tuple[float, float] | None
+
+class Seeds(NamedTuple):
+    """What several trainings found that differ in their seed only. Made by :func:`over_seeds`.
+
+    Attributes:
+        mean: over the seeds.
+        sd: standard deviation between the seeds; None of one seed.
+        count: of seeds.
+    """
+
+    mean: float
+    sd: float | None
+    count: int
+
+
+#: What a cell of a table may hold: a text, a number, a value with its standard error, several seeds, or nothing.
+Entry = str | float | tuple[float, float] | Seeds | None
 _ARROWS = {"low": " ↓", "high": " ↑", None: ""}
 
 
@@ -89,6 +105,25 @@ def _say(claim: str, found: str) -> None:
     print(f"checked: {claim}, {found}")
 
 
+# --- Seeds -------------------------------------------------------------------------------------------------------
+
+
+def over_seeds(evaluations: Sequence[Mapping[str, Any]], key: str = "excess_bpd") -> Seeds:
+    """Mean and standard deviation of one number over the evaluations of several seeds.
+
+    Raises:
+        InputError: no evaluation.
+
+    >>> over_seeds([{"excess_bpd": 0.01}, {"excess_bpd": 0.03}, {"excess_bpd": 0.02}])
+    Seeds(mean=0.02, sd=0.01, count=3)
+    """
+    if not evaluations:
+        raise InputError("over_seeds: no evaluation; expected at least one")
+    values = np.array([evaluation[key] for evaluation in evaluations], np.float64)
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return Seeds(float(values.mean()), sd, len(values))
+
+
 # --- Tables ------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +151,8 @@ def table(
     """Results side by side: an arrow in the head says which direction is good, the best value of a column is bold.
 
     Args:
-        rows: by name, an entry for each column. A pair is a value and its standard error.
+        rows: by name, an entry for each column. A pair is a value and its standard error; :class:`Seeds` show their
+            mean, and in brackets the standard deviation of several.
         columns: by head, whether 'low' or 'high' is good; None for neither.
         digits: after the point, for all columns or one for each.
         yardsticks: the first rows that others are held against; in italics, and never marked as best.
@@ -170,6 +206,12 @@ def _text(entry: Entry, digits: int) -> str:
         return ""
     if isinstance(entry, str):
         return entry
+    if isinstance(entry, Seeds):
+        if entry.sd is None:
+            return _number(entry.mean, digits)
+        least = 10.0**-digits
+        spread = f"< {least:.{digits}f}" if entry.sd < least / 2 else f"{entry.sd:.{digits}f}"
+        return f"{_number(entry.mean, digits)} (SD {spread})"
     if isinstance(entry, tuple):
         return f"{_number(entry[0], digits)} ± {entry[1]:.{digits}f}"
     return _number(entry, digits)

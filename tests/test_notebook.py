@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medvdm.errors import InputError
-from medvdm.notebook import checked, checked_mean, checked_that, table
+from medvdm.notebook import checked, checked_mean, checked_that, over_seeds, table
 
 
 def test_a_check_prints_its_largest_error(capsys):
@@ -61,6 +61,20 @@ def test_a_table_marks_the_best_of_the_models_and_never_a_yardstick():
         "| b | **0.812** | −3 |",  # equal as printed, so both are marked
         "| c | 0.900 | no |",
     ]
+
+
+def test_seeds_show_their_mean_and_how_far_they_lie_apart():
+    three, alike = ([{"excess_bpd": x} for x in values] for values in ([0.01, 0.03, 0.02], [0.5, 0.50001, 0.5]))
+    found = over_seeds(three)
+    assert found == pytest.approx((0.02, np.std([0.01, 0.03, 0.02], ddof=1), 3))
+    rows = {"three": [found], "alike": [over_seeds(alike)], "one": [over_seeds([{"excess_bpd": 0.04}])]}
+    assert repr(table(rows, {"excess": "low"})).splitlines()[2:] == [
+        "| three | **0.020 (SD 0.010)** |",
+        "| alike | 0.500 (SD < 0.001) |",
+        "| one | 0.040 |",
+    ]
+    with pytest.raises(InputError, match="no evaluation"):
+        over_seeds([])
 
 
 def test_a_column_without_a_direction_has_no_best():

@@ -2,6 +2,7 @@
 
     python book/_tools/record.py run RUN NAME [--commit HASH]   from the folder of a finished `medvdm train`
     python book/_tools/record.py refresh [NAME ...]             renew the phantom curves, and the settings, of records
+    python book/_tools/record.py rows                           print the rows that several pages share
 
 Experiments (book/experiments/*.py) write theirs with :func:`experiment`. Every record follows ``record.schema.json``:
 it names the one command that repeats it, version, commit, environment, seed and seconds, and it carries the losses of
@@ -29,6 +30,7 @@ from medvdm import data as data_
 from medvdm.cli import options
 from medvdm.cli.parsing import parse
 from medvdm.data import ImageData
+from medvdm.notebook import Seeds, over_seeds, table
 from medvdm.runs import config as config_
 from medvdm.runs import presets, store
 from medvdm.runs.config import RunConfig
@@ -45,6 +47,15 @@ SCHEMA = json.loads(Path(__file__).with_name("record.schema.json").read_text("ut
 TERMS = ("reconstruction_bpd", "diffusion_bpd", "latent_bpd", "vlb_bpd")
 BINS = 200
 STEPS = 20
+#: The networks on real X-rays whose results stand on several pages: by name, a record of each seed. A row of three
+#: records is a mean with its standard deviation, everywhere; a row of one says so.
+ROWS = {
+    "`linear-start`, 2,400 steps of 8": ("linear-start-nih-long",),
+    "`linear-start`, 400 steps of 8": ("linear-start-nih", "linear-start-nih-s1", "linear-start-nih-s2"),
+    "`paper`, 3,000 steps of 16": ("paper-nih-b16", "paper-nih-b16-s1", "paper-nih-b16-s2"),
+    "`paper`, 20,000 steps of 1": ("paper-nih-b1",),
+    "`paper-literal`, 600 steps of 16": ("literal-nih-b16",),
+}
 #: What the 20 steps on the phantom change in a record's settings: small images, so that each step is cheap.
 PHANTOM = {"data": "phantom", "data_dir": None, "image_size": 32, "num_images": 100, "patient_pattern": None}
 
@@ -126,6 +137,27 @@ def experiment(name: str, *, config: RunConfig, seconds: float, results: dict[st
             "results": _rounded(results),
         }
     )
+
+
+def evaluations(row: str, split: str = "test") -> list[dict[str, Any]]:
+    """The last evaluation on a split of each record of one of the :data:`ROWS`."""
+    found = []
+    for name in ROWS[row]:
+        record = json.loads((RESULTS / f"{name}.json").read_text("utf8"))
+        found.append(max((e for e in record["evaluations"] if e["split"] == split), key=lambda e: e["step"]))
+    return found
+
+
+def rows(key: str = "excess_bpd") -> dict[str, Seeds]:
+    """One number of all :data:`ROWS` on test patients: its mean, and its standard deviation over seeds."""
+    return {row: over_seeds(evaluations(row), key) for row in ROWS}
+
+
+def baselines() -> dict[str, tuple[float, float]]:
+    """Bound and excess on the same patients of what has no network, and the floor, whose excess is zero."""
+    e = evaluations("`linear-start`, 400 steps of 8")[0]
+    names = {"linear-Gaussian VDM": "lingauss", "PCA-64": "pca64", "mean image": "mean_image", "floor": "floor"}
+    return {name: (e[f"{key}_bpd"], e[f"{key}_bpd"] - e["floor_bpd"]) for name, key in names.items()}
 
 
 def _head(kind: str, name: str, config: RunConfig) -> dict[str, Any]:
@@ -253,9 +285,16 @@ def main(arguments: list[str]) -> int:
     make.add_argument("--commit", help="of the code that made the run; the one checked out by default")
     renew = commands.add_parser("refresh")
     renew.add_argument("names", nargs="*")
+    commands.add_parser("rows")
     asked = parser.parse_args(arguments)
     if asked.what == "run":
         write(of_run(asked.run, asked.name, asked.commit or commit_here()))
+        return 0
+    if asked.what == "rows":
+        keys = {"bound ↓": "vlb_bpd", "excess ↓": "excess_bpd", "rate": "rate_bits_per_image"}
+        found = {row: [over_seeds(evaluations(row), key) for key in keys.values()] for row in ROWS}
+        print(table(found, dict.fromkeys(keys), digits=[4, 4, 0]))
+        print(*(f"{name}: {bound:.4f}, {excess:.4f}" for name, (bound, excess) in baselines().items()), sep="\n")
         return 0
     for name in asked.names or sorted(path.stem for path in RESULTS.glob("*.json")):
         write(refreshed(json.loads((RESULTS / f"{name}.json").read_text("utf8"))))

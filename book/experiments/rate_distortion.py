@@ -10,10 +10,11 @@ Every choice is made on validation patients; test patients are looked at once.
 Tables (bits per pixel end in ``_bpd``, bits per image in ``_bits``; standard errors are clustered by patient):
 
 * floors: the binary entropy of the pixels, by data set, size and split.
-* predictors: excess over the floor on test images of one gray level, the mean image and PCA-k, no rate charged.
+* predictors: distortion, which is reconstruction minus floor, of one gray level, the mean image and PCA-k, on test
+  images; no rate is charged.
 * linear: the linear-Gaussian VDM for each k with its best noise; water: reverse water-filling at falling levels.
 * models: networks of one size, for latents of 2 to 512 dimensions and three end points gamma_0.
-* blur: excess of blurred images, against its second-order formula.
+* blur: distortion of blurred images, against its second-order formula.
 * eight_bit: what the cross-entropy becomes with its normalising constant, as a code for 8-bit values.
 """
 
@@ -109,7 +110,7 @@ def floors(images: Images) -> list[dict]:
 
 
 def predictors(images: Images, mean: np.ndarray, components: np.ndarray) -> list[dict]:
-    """One gray level, the mean image and PCA-k, fitted on the training images; excess on test images."""
+    """One gray level, the mean image and PCA-k, fitted on the training images; distortion on test images."""
     x = images.x["test"]
     scores, lowest = (x - mean) @ components[: max(COMPONENTS)].T, floor(x)
     pictures = {"one gray level": images.x["train"].mean(dtype=np.float64), "mean image": mean}
@@ -118,18 +119,18 @@ def predictors(images: Images, mean: np.ndarray, components: np.ndarray) -> list
     rows = []
     for name, picture in pictures.items():
         p = np.broadcast_to(picture, x.shape).astype(np.float32)
-        excess = images.bpd(linear_gaussian.cross_entropy(x, p) - lowest)
+        distortion = images.bpd(linear_gaussian.cross_entropy(x, p) - lowest)
         rmse = np.sqrt(np.mean((x - np.clip(p, 0, 1)) ** 2, dtype=np.float64))
-        rows.append({**images.head, "predictor": name, "rmse": float(rmse), "excess_bpd": excess.mean()})
-        rows[-1]["stderr_bpd"] = images.stderr(excess)
+        rows.append({**images.head, "predictor": name, "rmse": float(rmse), "distortion_bpd": distortion.mean()})
+        rows[-1]["stderr_bpd"] = images.stderr(distortion)
     return rows
 
 
 def point(images: Images, reconstruction: np.ndarray, rate: np.ndarray, split: str = "test") -> dict:
     """Where a model lies on the plane: bits per image, from nats per image of one split."""
-    excess = (reconstruction - floor(images.x[split])) / LN2
-    row = {"excess_bits": excess.mean(), "rate_bits": rate.mean() / LN2}
-    return row | {"total_stderr_bits": images.stderr(excess + rate / LN2, split)}
+    distortion = (reconstruction - floor(images.x[split])) / LN2
+    row = {"distortion_bits": distortion.mean(), "rate_bits": rate.mean() / LN2}
+    return row | {"total_stderr_bits": images.stderr(distortion + rate / LN2, split)}
 
 
 def linear(images: Images, mean: np.ndarray, components: np.ndarray, variances: np.ndarray) -> list[list[dict]]:
@@ -200,7 +201,7 @@ class Trainer:
         self.train, self.terms = jax.jit(train), jax.jit(terms)
 
     def __call__(self, gamma_0: float) -> dict:
-        """The table's row: excess and rate on the first training images, validation and test."""
+        """The table's row: distortion and rate on the first training images, validation and test."""
         settings, model = self.config.training, self.config.model
         keys = jax.random.split(jax.random.key(settings.seed), settings.steps)
         params = self.train(self.start, jnp.float32(gamma_0), self.x["train"], keys)
@@ -213,11 +214,12 @@ class Trainer:
         *terms, signal = self.terms(params, jnp.float32(gamma_0), x[mixed], keys)
         back = np.argsort(mixed)
         reconstruction, rate = (np.asarray(t, np.float64)[back] / LN2 for t in terms)
-        excess = reconstruction - floor(np.asarray(x).reshape(len(x), -1)) / LN2
+        distortion = reconstruction - floor(np.asarray(x).reshape(len(x), -1)) / LN2
         for split, start, end in zip(data.SPLITS, ends[:-1], ends[1:], strict=True):
-            row |= {f"{split}_excess_bits": excess[start:end].mean(), f"{split}_rate_bits": rate[start:end].mean()}
+            row[f"{split}_distortion_bits"] = distortion[start:end].mean()
+            row[f"{split}_rate_bits"] = rate[start:end].mean()
             if split != "train":
-                row[f"{split}_stderr_bits"] = self.images.stderr((excess + rate)[start:end], split)
+                row[f"{split}_stderr_bits"] = self.images.stderr((distortion + rate)[start:end], split)
         row["active"] = int(np.sum(np.asarray(signal) > 1.0))  # latents with more signal than noise
         record.say(
             str({name: value if isinstance(value, int) else round(float(value), 1) for name, value in row.items()})
@@ -236,18 +238,18 @@ def models(images: Images) -> list[dict]:
 
 
 def blur(images: Images) -> list[dict]:
-    """Blurred test images as pictures: their excess, and what the second-order formula says."""
+    """Blurred test images as pictures: their distortion, and what the second-order formula says."""
     n = 32
     x = images.x["test"][:n].reshape(n, images.size, images.size)
     rows = []
     for width in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48):
         p = ndimage.gaussian_filter(x, (0, width, width), mode="nearest")
         p = np.clip(p, linear_gaussian.CLIP, 1 - linear_gaussian.CLIP)
-        excess = linear_gaussian.cross_entropy(x.reshape(n, -1), p.reshape(n, -1)) - floor(x.reshape(n, -1))
+        distortion = linear_gaussian.cross_entropy(x.reshape(n, -1), p.reshape(n, -1)) - floor(x.reshape(n, -1))
         second = np.mean((x - p) ** 2 / (2 * p * (1 - p)), dtype=np.float64) / LN2
         rmse = np.sqrt(np.mean((x - p) ** 2, dtype=np.float64))
-        row = {**images.head, "width_pixels": width, "rmse": float(rmse), "excess_bpd": images.bpd(excess).mean()}
-        rows.append({**row, "second_bpd": float(second)})
+        row = {**images.head, "width_pixels": width, "rmse": float(rmse)}
+        rows.append({**row, "distortion_bpd": images.bpd(distortion).mean(), "second_bpd": float(second)})
     return rows
 
 

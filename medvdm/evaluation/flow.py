@@ -54,7 +54,7 @@ def flow_draws(
         graph, params: the model.
         x, labels: images and multi-hot labels, or None.
         draws: of z_0 per image.
-        key: folded with the number of the draw, and split into one key an image.
+        key: folded with the number of the draw, and split into one key per image.
         config: divergence and tolerances.
         uniform: dequantise by :func:`medvdm.theory.flow.uniform_log_weight`, not by
             :func:`medvdm.theory.flow.log_weight`.

@@ -5,7 +5,8 @@ What the numbers are, in bits per dimension unless said otherwise:
 * ``vlb_bpd`` = reconstruction + diffusion + latent (prior), the negative bound;
 * ``floor_bpd``, the mean binary entropy of the pixels: no Bernoulli model can go below it, see
   :func:`medvdm.models.likelihoods.bernoulli_floor`;
-* ``excess_bpd`` = vlb - floor, the only part that a model can change;
+* ``excess_bpd`` = vlb - floor, the only part that a model can change: the *distortion* (reconstruction - floor) and the
+  rate in bits per dimension. Where no rate is charged, as for the mean image and PCA-64, it is the distortion alone;
 * ``rate_bits_per_image`` = diffusion + latent in bits per image: what the latent is charged for what it tells;
 * ``vlb_bpd_stderr``, over images, clustered by patient; ``vlb_bpd_stderr_noise``, over the draws of time and noise;
 * ``over_lingauss_bpd`` = vlb - linear-Gaussian VDM on the same images (below 0: the model is better), with the standard
@@ -347,12 +348,12 @@ def summary(
 ) -> dict[str, Any]:
     """Means and errors over the images, as JSON takes them: None for what is not known.
 
-    ``vlb_bpd`` is the negative bound, reconstruction + diffusion + latent (prior); ``floor_bpd`` the mean entropy of
-    the pixels; ``excess_bpd`` their difference; ``rate_bits_per_image`` diffusion + latent. ``vlb_bpd_stderr`` is over
-    images, clustered by patient, and ``vlb_bpd_stderr_noise`` over the draws. ``over_lingauss_bpd`` is the bound minus
-    that of the linear-Gaussian VDM on the same images, with the error of that paired difference; ``over_gaussian_bpd``
-    and ``over_jxl_bpd`` are the same for the Gaussian of gray values and for JPEG XL, image by image. The codecs'
-    ``_sheet_bpd`` are None here.
+    ``vlb_bpd`` is the negative bound, reconstruction + diffusion + latent (prior); ``floor_bpd`` the mean binary
+    entropy of the pixels; ``excess_bpd`` their difference; ``rate_bits_per_image`` diffusion + latent.
+    ``vlb_bpd_stderr`` is over images, clustered by patient, and ``vlb_bpd_stderr_noise`` over the draws.
+    ``over_lingauss_bpd`` is the bound minus that of the linear-Gaussian VDM on the same images, with the error of that
+    paired difference; ``over_gaussian_bpd`` and ``over_jxl_bpd`` are the same for the Gaussian of gray values and for
+    JPEG XL, image by image. The codecs' ``_sheet_bpd`` are None here.
     """
     terms = found.terms
     totals = terms.total

@@ -58,7 +58,7 @@ class ImageBound(PerImage):
         nats: (n,) mean over the draws: an upper bound of -log p(x), up to ``stderr``.
         stderr: (n,) its standard error, from draws that follow one another in time.
         reconstruction, diffusion, prior: (n,) its three terms.
-        floor: (n,) entropy of the pixels, below which no Bernoulli model can go; None for a model of gray values.
+        floor: (n,) binary entropy of the pixels, below which no Bernoulli model can go; None for 8-bit gray values.
         draws: of time and noise per image.
         image_shape: (height, width, channels).
     """
@@ -70,7 +70,7 @@ class ImageBound(PerImage):
 
     @property
     def excess_bits_per_dim(self) -> np.ndarray:
-        """(n,) the bound above the floor, in bits per pixel and channel: the part that depends on the model.
+        """(n,) bound - floor, in bits per pixel and channel: distortion and rate, the part that depends on the model.
 
         Raises:
             InputError: a model of gray values, whose bits have no floor that is known.

@@ -188,7 +188,7 @@ def _in_words(e: Mapping[str, Any]) -> list[str]:
         return _eight_bit_in_words(e, on)
     lines = [
         f"**How good it is on new images**: measured on {on} that were not trained on, it is"
-        f" **{_number(e['excess_bpd'], _bpd)} bits per pixel** above the least that any model could reach"
+        f" **{_number(e['excess_bpd'], _bpd)} bits per pixel** above the floor, the least that any model could reach"
         " (smaller is better; 0 is perfect)."
     ]
     floor = e.get("floor_bpd")
@@ -478,7 +478,8 @@ _MEANING = """### What the numbers mean
 - The *negative bound* is reconstruction + diffusion + latent. Its standard error is over images, with those of one
   patient counted as one cluster.
 - The reconstruction is a Bernoulli cross-entropy with gray targets. It cannot be zero: its *floor* is the mean binary
-  entropy of the pixels themselves. Only the *excess over the floor* (negative bound - floor) depends on the model.
+  entropy of the pixels themselves. Only the *excess over the floor* (negative bound - floor) depends on the model. It
+  is the distortion (reconstruction - floor) and the rate; the mean image and PCA-64 are charged no rate.
   The floor differs from one set of images to another: compare the excess, on the same images, never the total.
 - The *rate* (diffusion + latent) is what the model pays for its latent, in bits for a whole image. Divided by the
   number of pixels it looks tiny; it is not.
