@@ -119,14 +119,14 @@ def default_columns(n: int) -> int:
     return min(range(least, -(-4 * least // 3) + 1), key=lambda c: (-n % c, c))
 
 
-def tile(images: np.ndarray, columns: int, gap: int) -> np.ndarray:
-    """Put images (n, h, w, c) in rows of ``columns``, white around: (rows h + gaps, columns w + gaps, c).
+def tile(images: np.ndarray, columns: int, gap: int, ground: float = 1.0) -> np.ndarray:
+    """Put images (n, h, w, c) in rows of ``columns`` on a white ground: (rows h + gaps, columns w + gaps, c).
 
     The gap in pixels lies between images, not around them.
     """
     n, h, w, c = images.shape
     rows = -(-n // columns)
-    sheet = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, c), np.float32)
+    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), ground, np.float32)
     for i, image in enumerate(images):
         top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
         sheet[top : top + h, left : left + w] = image

@@ -39,10 +39,9 @@ _ARROWS = {"low": " ↓", "high": " ↑", None: ""}
 
 
 def checked(claim: str, found: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0, of: str = "") -> None:
-    """Assert |found - expected| <= atol + rtol |expected| everywhere, and print the largest error.
+    """Assert ``abs(found - expected) <= atol + rtol * abs(expected)`` everywhere, and print the largest error.
 
-    The error is relative, max |found - expected| / max |expected|, where only ``rtol`` is given; otherwise it is the
-    largest |found - expected|.
+    The error is the largest difference; where only ``rtol`` is given, divided by the largest ``abs(expected)``.
 
     Args:
         claim: what is checked, such as "the marginal by composition".

@@ -17,6 +17,8 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 LOG = logging.getLogger(__name__)
+#: Those of medvdm.plotting, each with a lighter one for dark pages (custom.css).
+COLOURS = {"#0072b2": "blue", "#d55e00": "orange", "#009e73": "green", "#cc79a7": "pink"}
 INK = re.compile(r"(fill|stroke): ?#(?:000000|262626)\b")
 GRAY = re.compile(r"(fill|stroke): ?#555555\b")
 RULE = re.compile(r"(fill|stroke): ?#e4e4e4\b", re.IGNORECASE)
@@ -60,19 +62,22 @@ def inline_figures(app: Sphinx, tree: nodes.document, docname: str) -> None:
 def themed(svg: str, alt: str, name: str) -> str:
     """An SVG of matplotlib as a part of a page: no ground, the page's ink, ids of its own, described by ``alt``."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = GROUND.sub("", svg, count=1)
     svg = WHITE.sub(r"\1fill: none", svg)
     svg = INK.sub(r"\1: currentColor", svg)
     svg = GRAY.sub(r"\1: var(--pst-color-text-muted)", svg)
     svg = RULE.sub(r"\1: var(--figure-rule)", svg)
+    for colour, word in COLOURS.items():
+        svg = re.sub(rf"(fill|stroke): ?{colour}\b", rf"\1: var(--figure-{word})", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
     head, rest = svg.split(">", 1)
     width, height = (float(re.search(rf' {side}="([\d.]+)pt"', head)[1]) for side in ("width", "height"))
     view = f"0 0 {width:g} {height:g}"
     style = f"max-width: {width * 96 / 72:.0f}px"
-    return f'<svg class="figure" viewBox="{view}" style="{style}" role="img" aria-label="{html.escape(alt)}">{rest}'
+    said = f'role="img" aria-label="{html.escape(alt)}"'
+    return f'<svg class="figure" viewBox="{view}" fill="currentColor" style="{style}" {said}>{rest}'
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

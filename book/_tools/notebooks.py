@@ -238,17 +238,47 @@ def _clean(outputs: list[Any], count: int) -> list[Any]:
             output.metadata = {}
         if "image/png" in data:
             data["image/png"] = _small_png(data["image/png"])
+        if "image/svg+xml" in data:
+            data["image/svg+xml"] = _small_svg(data["image/svg+xml"])
+        if _is_figure(data):
             data.pop("text/plain", None)
         kept.append(output)
     return kept
 
 
+def _is_figure(data: dict[str, Any]) -> bool:
+    return "image/png" in data or "image/svg+xml" in data
+
+
 def _small_png(encoded: str) -> str:
     """At most 256 colours: exact for gray images, and a third of the size for curves."""
-    image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
+    clear = image.getextrema()[3][0] < 255
+    kind = "LA" if clear else "L"
+    if image.convert(kind).convert("RGBA").tobytes() == image.tobytes():
+        image = image.convert(kind)
+    else:  # of the methods of quantisation, one keeps what is transparent
+        method = Image.Quantize.FASTOCTREE if clear else Image.Quantize.MEDIANCUT
+        image = image.convert("RGBA" if clear else "RGB").quantize(256, method, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    image.save(buffer, "png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _small_svg(svg: str) -> str:
+    """Coordinates to a hundredth of a point, one line per element, and small pictures within."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    pictures = r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)"
+    svg = re.sub(pictures, lambda m: m[1] + _small_png("".join(m[2].split())), svg)
+    rounded = re.compile(r"-?\d+\.\d{3,}")
+    coordinates = r'(?<= d=")[^"]*|(?<= [xy]=")[^"]*|(?<=translate\()[^)]*'
+    svg = re.sub(coordinates, lambda m: rounded.sub(_hundredths, " ".join(m[0].split())), svg)
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def _hundredths(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 # --- Checking -----------------------------------------------------------------------------------------------------
@@ -304,14 +334,15 @@ def _cell_problems(cell: Any, number: int) -> list[str]:
         bad.append("was not executed in order, so nbval would not check it")
     if "nbval-check-output" in tags and not cell.outputs:
         bad.append("is to be checked but has no output")
-    if len(cell.outputs) > 1 and any("image/png" in o.get("data", {}) for o in cell.outputs):
+    printed = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+    if "check" in tags and not re.fullmatch(r"checked: .+\n", printed):
+        bad.append("is tagged check; expected one printed line, 'checked: ...'")
+    if len(cell.outputs) > 1 and any(_is_figure(o.get("data", {})) for o in cell.outputs):
         bad.append("prints and draws; expected one output in a cell with a figure")
     for output in cell.outputs:
         if output.output_type == "error" and "raises-exception" not in tags:
             bad.append("holds an error")
-        if "image/svg+xml" in output.get("data", {}):
-            bad.append("holds an SVG picture; expected PNG")
-        if "image/png" in output.get("data", {}):
+        if _is_figure(output.get("data", {})):
             if not figure.get("image", {}).get("alt"):
                 bad.append("has a figure without alt text")
             if not figure.get("figure", {}).get("caption"):
