@@ -268,7 +268,7 @@ def _map_svg(app: Sphinx, docname: str, pages: dict[int, str], needs: dict[int, 
         return set(needs[number]).union(*(all_needs(other) for other in needs[number])) if needs[number] else set()
 
     height = row * len(pages) + 8
-    out = [f'<svg class="map" viewBox="0 0 640 {height}" role="img" aria-label="{_map_text(needs)}">']
+    out = [f'<svg class="map" viewBox="0 0 720 {height}" role="img" aria-label="{_map_text(needs)}">']
     where = {number: row * (i + 0.5) + 4 for i, number in enumerate(sorted(pages))}
     for number, needed in needs.items():
         through = set().union(*(all_needs(other) for other in needed)) if needed else set()
