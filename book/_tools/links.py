@@ -17,11 +17,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import results
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+import results
 
 LOG = logging.getLogger(__name__)
 TAG = re.compile(r"\\tag\{((?:\d+|S)\.\d+)\}")
@@ -29,7 +30,21 @@ REFERENCE = re.compile(r"\(((?:\d{1,2}|S)\.\d{1,2})\)")
 FIGURE = re.compile(r"[Ff]igure (\d+\.\d+)$")
 GLOSSARY = "book/glossary"
 #: Entries that every page would link, or that are common words of another meaning.
-UNLINKED = {"audit", "cell", "bound", "gaps", "latent", "null", "patch", "run", "split", "step", "time", "noise", "width"}
+UNLINKED = {
+    "audit",
+    "cell",
+    "bound",
+    "gaps",
+    "latent",
+    "null",
+    "patch",
+    "run",
+    "split",
+    "step",
+    "time",
+    "noise",
+    "width",
+}
 #: What is no prose: a reference or a term in it stays as it is.
 SOLID = (nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.title, nodes.raw)
 SOLID += (nodes.comment,)
@@ -127,7 +142,10 @@ def _link_equations(app: Sphinx, tree: nodes.document, docname: str, state: dict
             if home is None:
                 LOG.warning("(%s) is no equation of the book", found[1], location=docname)
                 continue
-            pieces += [nodes.Text(content[last : found.start()]), _link(app, docname, home, _anchor(found[1]), found[0])]
+            pieces += [
+                nodes.Text(content[last : found.start()]),
+                _link(app, docname, home, _anchor(found[1]), found[0]),
+            ]
             last = found.end()
         if pieces:
             text.parent.replace(text, [*pieces, nodes.Text(content[last:])])
@@ -176,7 +194,7 @@ def _used_in(app: Sphinx, tree: nodes.document, docname: str, state: dict[str, A
         tags = TAG.findall(block.astext())
         users = [d for d in numbers if d != docname and state["uses"].get(d, set()) & set(tags)]
         if users:
-            _after(block, _back(app, docname, users, numbers, lambda d: "#" + _anchor(tags[0]) if d == docname else ""))
+            _after(block, _back(app, docname, users, numbers))
     if docname == GLOSSARY:
         for item in tree.findall(nodes.definition_list_item):
             name = item.children[0].astext()
@@ -185,10 +203,10 @@ def _used_in(app: Sphinx, tree: nodes.document, docname: str, state: dict[str, A
             pattern = _terms_pattern({name})
             users = [d for d in numbers if pattern.search(state["term_uses"].get(d, ""))]
             if users:
-                item.children[-1].append(_back(app, docname, users, numbers, lambda d: ""))
+                item.children[-1].append(_back(app, docname, users, numbers))
 
 
-def _back(app: Sphinx, docname: str, users: list[str], numbers: dict[str, int], anchor: Any) -> nodes.paragraph:
+def _back(app: Sphinx, docname: str, users: list[str], numbers: dict[str, int]) -> nodes.paragraph:
     """The line 'used in 7, 12', each number a link to the chapter."""
     line = nodes.paragraph("", "", nodes.Text("used in "), classes=["used-in"])
     for i, user in enumerate(users):
@@ -293,7 +311,8 @@ def _map_svg(app: Sphinx, docname: str, pages: dict[int, str], needs: dict[int, 
 def _map_text(needs: dict[int, list[int]]) -> str:
     """The map in words, for those who do not see it."""
     return "; ".join(
-        f"chapter {number} needs {', '.join(map(str, needed)) or 'nothing before it'}" for number, needed in needs.items()
+        f"chapter {number} needs {', '.join(map(str, needed)) or 'nothing before it'}"
+        for number, needed in needs.items()
     )
 
 
