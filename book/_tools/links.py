@@ -29,7 +29,8 @@ TAG = re.compile(r"\\tag\{((?:\d+|S)\.\d+)\}")
 REFERENCE = re.compile(r"\(((?:\d{1,2}|S)\.\d{1,2})\)")
 FIGURE = re.compile(r"[Ff]igure (\d+\.\d+)$")
 GLOSSARY = "book/glossary"
-#: Entries that every page would link, or that are common words of another meaning.
+#: Pages that do not link terms, and entries that every page would link, or that are common words of another meaning.
+UNLINKING = ("book/api", "book/bibliography", "book/notation", GLOSSARY)
 UNLINKED = {
     "audit",
     "cell",
@@ -129,7 +130,7 @@ def resolve(app: Sphinx, tree: nodes.document, docname: str) -> None:
     if docname.startswith("book/"):
         _used_in(app, tree, docname, state)
         _link_equations(app, tree, docname, state)
-        if docname != GLOSSARY and docname not in ("book/api", "book/bibliography", "book/notation"):
+        if not docname.startswith(UNLINKING):
             _link_terms(app, tree, docname, state)
         _check_figures(app, tree, docname)
 
