@@ -1,5 +1,5 @@
-"""What a notebook shows besides figures: the line of a check, and a table of results with one row for all seeds of a
-training. None needs IPython.
+"""What a notebook shows besides figures: the line of a check, a table of results with one row for all seeds of a
+training, and a figure that moves. None needs IPython.
 
 A check computes one thing by two routes. :func:`checked` and its two siblings fail where the routes part, and print one
 line with the error where they meet, so that a reader sees how well a formula holds and not merely that it does.
@@ -7,11 +7,16 @@ line with the error where they meet, so that a reader sees how well a formula ho
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from medvdm.errors import InputError
 
@@ -223,3 +228,74 @@ def _number(value: float, digits: int) -> str:
 
 def _numeric(rows: Mapping[str, Sequence[Entry]], column: int) -> bool:
     return any(not math.isnan(_value(entries[column])) for entries in rows.values())
+
+
+# --- Figures that move --------------------------------------------------------------------------------------------
+
+
+class Interactive:
+    """A figure that the book's pages let a reader move, and a picture elsewhere. Made by :func:`interactive`."""
+
+    def __init__(self, markup: str, alt: str) -> None:
+        self.markup, self.alt = markup, alt
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/html": self.markup, "text/plain": self.alt}
+
+
+def interactive(kind: str, data: Mapping[str, Any], figure: Any, *, alt: str) -> Interactive:
+    """A figure with its data, which ``book/_static/moving/KIND.js`` draws on a page of the book.
+
+    Where no script runs (Colab, print) the figure stands there as a picture. The data are computed by the cell, so the
+    check that stored outputs are fresh covers them.
+
+    Args:
+        kind: the name of the script, in small letters.
+        data: JSON, in which arrays of floats are lists of seven digits, and uint8 arrays (n, h, w) are gray images.
+        figure: what matplotlib has drawn, for where nothing moves.
+        alt: what is to be seen, for those who cannot see it.
+
+    Raises:
+        InputError: a kind that is no name, an alt text of less than ten letters, or a number that is not finite.
+    """
+    if not (kind.isascii() and kind.isalpha() and kind.islower()):
+        raise InputError(f"kind: '{kind}'; expected the name of a script, such as 'noise'")
+    if len(alt.strip()) < 10:
+        raise InputError(f"alt: '{alt}'; expected a sentence that says what is to be seen")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    still = _png(Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE))
+    text = json.dumps(_plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    return Interactive(
+        f'<div class="moving" data-moving="{kind}"><img class="moving-still" src="{still}" alt="{html.escape(alt)}">'
+        f'<script type="application/json">{text}</script></div>',
+        alt,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of arrays and numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    array = np.asarray(value)
+    if array.dtype == np.uint8:
+        if array.ndim != 3:
+            raise InputError(f"gray images: shape {array.shape}; expected (n, h, w)")
+        n, height, width = array.shape
+        sheet = _png(Image.fromarray(array.reshape(n * height, width)))  # below one another
+        return {"png": sheet, "count": n, "height": height, "width": width}
+    if array.ndim:
+        return [_plain(one) for one in array]
+    if not np.isfinite(array):
+        raise InputError(f"a number of the data is {array}; expected finite numbers")
+    return float(f"{float(array):.7g}") if array.dtype.kind == "f" else int(array)
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,10 +1,16 @@
 """What a notebook shows besides figures."""
 
+import base64
+import io
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from medvdm import plotting
 from medvdm.errors import InputError
-from medvdm.notebook import checked, checked_mean, checked_that, over_seeds, table
+from medvdm.notebook import checked, checked_mean, checked_that, interactive, over_seeds, table
 
 
 def test_a_check_prints_its_largest_error(capsys):
@@ -86,3 +92,35 @@ def test_rows_and_digits_must_fit_the_columns():
         table({"a": [1.0]}, {"x": None, "y": None})
     with pytest.raises(InputError, match="digits: 2 for 1 columns"):
         table({"a": [1.0]}, {"x": None}, digits=[1, 2])
+
+
+def test_a_figure_that_moves_is_a_picture_and_its_data():
+    figure, _ = plotting.subplots(height=1.0, width=2.0)
+    images = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    data = {"images": images, "x": np.array([1 / 3, 2.0]), "n": np.int64(4), "name": "a</script>b", "none": None}
+    shown = interactive("noise", data, figure, alt="A line that falls & a dot")._repr_mimebundle_()
+    markup = shown["text/html"]
+    assert shown["text/plain"] == "A line that falls & a dot"
+    assert 'data-moving="noise"' in markup and 'alt="A line that falls &amp; a dot"' in markup
+    assert markup.count("</script>") == 1  # no text of the data ends the script
+    found = json.loads(markup.split('<script type="application/json">')[1].split("</script>")[0])
+    assert found["x"] == [0.3333333, 2.0] and found["n"] == 4 and found["name"] == "a</script>b"
+    sheet = found["images"]
+    assert (sheet["count"], sheet["height"], sheet["width"]) == (2, 3, 5)
+    for source in (sheet["png"], markup.split('src="')[1].split('"')[0]):
+        picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        if picture.mode == "L":
+            np.testing.assert_array_equal(np.asarray(picture).reshape(2, 3, 5), images)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"kind": "a b"}, "kind"), ({"alt": "dots"}, "alt"), ({"data": {"x": np.nan}}, "finite")],
+)
+def test_a_figure_that_moves_needs_a_name_words_and_numbers(change, word):
+    figure, _ = plotting.subplots(height=1.0, width=2.0)
+    given = {"kind": "noise", "data": {}, "alt": "A line that falls"} | change
+    with pytest.raises(InputError, match=word):
+        interactive(given["kind"], given["data"], figure, alt=given["alt"])
+    with pytest.raises(InputError, match=r"\(n, h, w\)"):
+        interactive("noise", {"image": np.zeros((2, 2), np.uint8)}, figure, alt="A line that falls")

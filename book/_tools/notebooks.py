@@ -45,6 +45,8 @@ CELL_SECONDS = 900  # generous: nbval holds the limit in `make test`
 KEPT_METADATA = ("tags", "mystnb")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LOADED = "import sys; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'medvdm'))"
+MOVING = re.compile(r'<div class="moving" data-moving="[a-z]+"><img class="moving-still" src="[^"]+" alt="([^"]*)">')
+MOVING_BYTES = 200_000  # of one figure that moves: its picture and its data
 SETUP = """\
 # On Colab: get the library and the book's records. Elsewhere: nothing to do.
 import sys
@@ -337,7 +339,7 @@ def _cell_problems(cell: Any, number: int) -> list[str]:
     printed = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
     if "check" in tags and not re.fullmatch(r"checked: .+\n", printed):
         bad.append("is tagged check; expected one printed line, 'checked: ...'")
-    if len(cell.outputs) > 1 and any(_is_figure(o.get("data", {})) for o in cell.outputs):
+    if len(cell.outputs) > 1 and any(_is_figure(o.get("data", {})) or _moving(o) for o in cell.outputs):
         bad.append("prints and draws; expected one output in a cell with a figure")
     for output in cell.outputs:
         if output.output_type == "error" and "raises-exception" not in tags:
@@ -347,7 +349,24 @@ def _cell_problems(cell: Any, number: int) -> list[str]:
                 bad.append("has a figure without alt text")
             if not figure.get("figure", {}).get("caption"):
                 bad.append("has a figure without a caption")
+        if _moving(output):
+            markup = output.data["text/html"]
+            found = MOVING.match(markup)
+            if found is None or len(found[1].strip()) < 10:
+                bad.append("has a figure that moves without a picture, or without alt text")
+            if not figure.get("figure", {}).get("caption"):
+                bad.append("has a figure that moves without a caption")
+            if len(markup) > MOVING_BYTES:
+                bad.append(f"has a figure that moves of {len(markup):,} bytes; expected at most {MOVING_BYTES:,}")
+            kind = re.search(r'data-moving="([^"]*)"', markup)
+            if kind is None or not (BOOK / "_static" / "moving" / f"{kind[1]}.js").exists():
+                bad.append("has a figure that moves and no script in book/_static/moving")
     return bad
+
+
+def _moving(output: Any) -> bool:
+    """Whether an output is a figure that moves, as medvdm.notebook.interactive makes it."""
+    return 'class="moving"' in output.get("data", {}).get("text/html", "")
 
 
 def _content(cell: Any) -> tuple[Any, ...]:

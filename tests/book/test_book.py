@@ -208,6 +208,28 @@ def test_a_figure_needs_alt_text_and_a_caption(chapter):
     assert "without alt text" in found and "without a caption" in found
 
 
+def test_a_figure_that_moves_needs_a_picture_a_caption_and_a_script(chapter):
+    nb = nbformat.read(chapter / "book" / "one.ipynb", 4)
+    (chapter / "book" / "_static" / "moving").mkdir(parents=True)
+    (chapter / "book" / "_static" / "moving" / "noise.js").write_text("")
+
+    def found(kind="noise", alt="A line that falls", more=""):
+        still = f'<img class="moving-still" src="data:," alt="{alt}">'
+        html = f'<div class="moving" data-moving="{kind}">{still}<script>{{}}{more}</script></div>'
+        nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=2)]
+        nbformat.write(nb, chapter / "book" / "one.ipynb")
+        return " ".join(notebooks.problems("one"))
+
+    assert "moves without a caption" in found()
+    head = "ipython3\n---\nmystnb:\n  figure: {caption: A line}\n---\n"
+    edit(chapter / "book" / "text" / "one.md", "ipython3\nprint", f"{head}print")
+    nb.cells[-1].metadata["mystnb"] = {"figure": {"caption": "A line"}}
+    assert found() == ""
+    assert "without alt text" in found(alt="")
+    assert "no script" in found(kind="other")
+    assert "bytes" in found(more="x" * notebooks.MOVING_BYTES)
+
+
 def test_a_missing_source_or_notebook_is_named(chapter):
     (chapter / "book" / "one.ipynb").unlink()
     assert "was never executed" in notebooks.problems("one")[0]

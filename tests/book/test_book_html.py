@@ -3,7 +3,6 @@
 import functools
 import http.server
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,9 +17,7 @@ import check_html  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 THEME_NOISE = ("Got invalid theme mode", "THEBE_JS_URL", "favicon.ico")  # of the theme, not ours
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 
 
 @pytest.fixture(scope="session")
@@ -50,18 +47,6 @@ def site(html):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -160,3 +145,28 @@ def test_a_search_for_snr_finds_the_chapter_on_schedules(site, page):
     links = page.eval_on_selector_all("#search-results li a", "e => e.map(a => a.getAttribute('href'))")
     assert any("schedules.html" in link for link in links[:5]), links[:10]
     assert complaints(page) == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_that_move_come_to_life_on_their_pages(html, site, browser, theme, width):
+    """Each is built from its data, is no wider than the screen, and hides its still picture, which print shows."""
+    context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 844}, reduced_motion="reduce")
+    page = context.new_page()
+    pages = [p for p in (html / "book").glob("*.html") if 'data-moving="' in p.read_text("utf8")]
+    assert pages
+    for path in pages:
+        page.goto(f"{site}/book/{path.name}")
+        page.wait_for_function("[...document.querySelectorAll('.moving')].every(e => e.matches('.moving-on'))")
+        wide = "[...document.querySelectorAll('.moving-live')].map(e => e.getBoundingClientRect().right)"
+        assert max(page.evaluate(wide)) <= width, path.name
+        assert not page.locator(".moving-still").first.is_visible()
+        ink, ground = page.evaluate(
+            "[getComputedStyle(document.querySelector('.moving-title')).color,"
+            " getComputedStyle(document.body).backgroundColor]"
+        )
+        luminance = [sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) / 765 for c in (ink, ground)]
+        assert abs(luminance[0] - luminance[1]) > 0.5, path.name
+    page.emulate_media(media="print")
+    assert page.locator(".moving-still").first.is_visible()
+    context.close()
