@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup, Tag
 
-MAX_BYTES = 2_000_000  # of a page with its pictures
+MAX_BYTES = 1_500_000  # of a page with its pictures
 FETCHED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
 NOT_FETCHED = {"canonical", "alternate", "author", "license", "next", "prev", "search", "index"}
 RAW = re.compile(r"\{[a-z]+(?::[a-z]+)?\}`|\|\s*(?:-{3}|\u2014)|\\\\begin\{|\]\([\w-]+\.(?:md|ipynb)")

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 BOOK = ROOT / "book"
 sys.path.insert(0, str(BOOK / "_tools"))
 
+import links  # noqa: E402
 import notebooks  # noqa: E402
 import record  # noqa: E402
 
@@ -61,13 +62,15 @@ def test_every_page_is_in_the_table_of_contents():
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_chapter_has_its_question_cost_exercises_and_take_away(name):
     content = text(name)
-    for part in ("**The question", "**Cost**", "## Exercises", "## What to take away", "**Next**"):
+    for part in ("**The question", "**Cost**", "**Needs**", "## Exercises", "## What to take away", "**Next**"):
         assert content.count(part) == 1, part
+    assert re.search(r"running about .*\*\*Needs\*\*: (\[|nothing before it\.)", content)
     exercises = content.split("## Exercises")[1].split("## What to take away")[0]
     solutions = exercises.count("<summary>Solution") + exercises.count("hide-cell")
     numbered = re.findall(r"^(?:\*\*|### )(?:Exercise )?(\d+)", exercises, re.MULTILINE)
     assert numbered == [str(i + 1) for i in range(len(numbered))] and len(numbered) >= 3
     assert solutions >= len(numbered)
+    assert re.search(r"^\*\*\d+\. Experiment: ", exercises, re.MULTILINE)  # change a number, and predict first
 
 
 @pytest.mark.parametrize("name", NUMBERED)
@@ -76,9 +79,9 @@ def test_equations_are_numbered_by_chapter_in_order_and_references_exist(name):
     number = NUMBERED.index(name) + 1
     assert tags == [f"{number}.{i + 1}" for i in range(len(tags))]
     known = {tag for other in NUMBERED for tag in re.findall(r"\\tag\{([\d.]+)\}", text(other))}
-    prose = re.sub(r"```.*?```", "", text(name), flags=re.DOTALL)
-    for equation in re.findall(r"[Ee]quations? \((\d+\.\d+)\)", prose):
-        assert equation in known, f"equation ({equation}) is nowhere"
+    prose = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$]+\$|`[^`]+`", "", text(name), flags=re.DOTALL)
+    for equation in links.REFERENCE.findall(prose):
+        assert equation in known or equation.startswith("S."), f"equation ({equation}) is nowhere"
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

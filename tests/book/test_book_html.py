@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "book" / "_tools"))
@@ -123,8 +124,65 @@ def test_every_page_follows_the_last_and_shows_its_mathematics(html, site, page)
     assert set(seen) == pages and len(seen) == len(pages)
 
 
+SHARES = """() => {
+    const height = (e) => e.getBoundingClientRect().height;
+    const code = [...document.querySelectorAll("article div.cell_input")].filter((e) => !e.closest("details:not([open])"));
+    return code.reduce((sum, e) => sum + height(e), 0) / height(document.querySelector("article"));
+}"""
+
+
+@pytest.mark.parametrize("part", ["Theory", "Build", "Results", "Pixels", "Apply"])
+def test_code_in_view_takes_its_share_of_a_page_and_no_more(site, browser, part):
+    """A quarter of the height, in the chapters that build the model about a third."""
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))["parts"]
+    (files,) = [[c["file"] for c in p["chapters"]] for p in parts if p["caption"] == part]
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    shares = {}
+    for file in files:
+        page.goto(f"{site}/{file}.html")
+        settle(page)
+        shares[file] = round(page.evaluate(SHARES), 2)
+    context.close()
+    most = 0.35 if part == "Build" else 0.25
+    assert {file: share for file, share in shares.items() if share > most} == {}
+
+
+def test_a_check_is_one_line_that_opens_to_its_code(site, page):
+    page.goto(f"{site}/book/forward.html")
+    checks = page.query_selector_all("details.check")
+    assert len(checks) >= 3
+    for check in checks:
+        closed = check.bounding_box()["height"]
+        assert check.query_selector("summary").inner_text().startswith("checked ")
+        check.query_selector("summary").click()
+        assert check.bounding_box()["height"] > closed + 20
+
+
+def test_a_term_shows_its_definition_to_the_pointer_and_to_the_keyboard(site, page):
+    page.goto(f"{site}/book/bound.html")
+    term = page.query_selector("article a.term")
+    term.hover()
+    assert len(page.inner_text(".definition")) > 20
+    page.mouse.move(0, 0)
+    assert page.query_selector(".definition") is None
+    term.focus()
+    assert len(page.inner_text(".definition")) > 20
+    page.keyboard.press("Escape")
+    assert page.query_selector(".definition") is None
+
+
+def test_an_equation_knows_where_it_is_used_and_the_way_back(site, page):
+    page.goto(f"{site}/book/bound.html")
+    user = page.query_selector(".used-in a")
+    page.goto(user.evaluate("e => e.href"))
+    back = page.query_selector("article a.equation-link[href*='bound.html#eq-4-']")
+    page.goto(back.evaluate("e => e.href"))
+    assert page.evaluate("document.querySelector(location.hash).textContent.includes('=')")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_figures_keep_a_white_ground_and_text_its_contrast(site, browser, theme):
+def test_figures_take_the_colours_of_the_theme_and_text_its_contrast(site, browser, theme):
     context = browser.new_context(color_scheme=theme, viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.goto(f"{site}/book/forward.html")
@@ -134,6 +192,9 @@ def test_figures_keep_a_white_ground_and_text_its_contrast(site, browser, theme)
     luminance = [sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) / 765 for c in (ground, ink)]
     assert abs(luminance[0] - luminance[1]) > 0.5
     assert (luminance[0] < 0.5) == (theme == "dark")
+    figures = page.query_selector_all("article svg.figure")
+    assert figures and page.query_selector_all("article .cell_output img") == []
+    assert all(f.evaluate("e => getComputedStyle(e).color") == ink and f.get_attribute("aria-label") for f in figures)
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     context.close()
 
