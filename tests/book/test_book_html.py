@@ -126,7 +126,8 @@ def test_every_page_follows_the_last_and_shows_its_mathematics(html, site, page)
 
 SHARES = """() => {
     const height = (e) => e.getBoundingClientRect().height;
-    const code = [...document.querySelectorAll("article div.cell_input")].filter((e) => !e.closest("details:not([open])"));
+    const inView = (e) => !e.closest("details:not([open])");
+    const code = [...document.querySelectorAll("article div.cell_input")].filter(inView);
     return code.reduce((sum, e) => sum + height(e), 0) / height(document.querySelector("article"));
 }"""
 

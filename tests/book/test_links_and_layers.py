@@ -52,7 +52,9 @@ def glossary(**entries):
 @pytest.fixture
 def book():
     app = App()
-    first = app.read("book/a", tree_of(nodes.math_block("", r"a = b \tag{1.1}"), paragraph("By (1.1), a rate of (0.25).")))
+    first = app.read(
+        "book/a", tree_of(nodes.math_block("", r"a = b \tag{1.1}"), paragraph("By (1.1), a rate of (0.25)."))
+    )
     second = app.read("book/b", tree_of(paragraph("With (1.1) and Rates: a rate."), nodes.literal("", "(1.1) rate")))
     terms = app.read("book/glossary", glossary(rate="Bits per image. Chapter 1, chapter 2.", fit="To train."))
     return SimpleNamespace(app=app, first=first, second=second, terms=terms)
