@@ -138,6 +138,7 @@ def test_a_check_that_did_not_print_one_line_is_a_warning(book, monkeypatch, pri
 
 def test_a_figure_takes_the_ink_of_the_page_and_keeps_its_picture(monkeypatch):
     import numpy as np
+
     from medvdm import plotting
 
     figure, axes = plotting.subplots()
@@ -156,5 +157,5 @@ def test_a_figure_takes_the_ink_of_the_page_and_keeps_its_picture(monkeypatch):
 def test_a_stored_figure_is_small_and_draws_the_same():
     import notebooks
 
-    svg = '<?xml?>\n<svg><metadata>x</metadata>\n  <path d="M 1.23456 -0.001\nL 3 4.5" transform="scale(0.015625)"/></svg>'
-    assert notebooks._small_svg(svg) == '<svg>\n<path d="M 1.23 -0 L 3 4.5" transform="scale(0.015625)"/></svg>'
+    svg = '<?xml?>\n<svg><metadata>x</metadata>\n <path d="M 1.23456 -0.001\nL 3 4.5" transform="scale(0.0156)"/></svg>'
+    assert notebooks._small_svg(svg) == '<svg>\n<path d="M 1.23 -0 L 3 4.5" transform="scale(0.0156)"/></svg>'
