@@ -30,6 +30,7 @@ _HOMES = {
     "fit": "runs.fit",
     "Run": "runs.run",
     "load": "runs.run",
+    "pretrained": "runs.pretrained",
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
     "inpaint": "runs.inpaint",

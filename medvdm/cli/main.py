@@ -213,15 +213,22 @@ def _sample(argv: list[str]) -> int:
     from medvdm.cli.options import Sample
 
     args = parse(Sample, argv, "sample")
+    if (args.run is None) == (args.pretrained is None):
+        found = "neither" if args.run is None else f"'{args.run}' and --pretrained {args.pretrained}"
+        raise InputError(f"RUN: {found}; expected the folder of a run, or --pretrained")
+    if args.pretrained and (args.ema or args.step is not None):
+        raise InputError("--pretrained: has the moving average of its last step only; expected no --ema and no --step")
 
     from medvdm.paths import local_path
     from medvdm.runs import provenance
+    from medvdm.runs.pretrained import pretrained
     from medvdm.runs.run import load
     from medvdm.runs.sample import sample_to
 
     provenance.check_path(local_path(args.out, "out"))
     first = _joined(args.processes)
-    sample_to(args.out, load(args.run, ema=args.ema, step=args.step), config=args.drawing)
+    run = pretrained(args.pretrained) if args.pretrained else load(args.run, ema=args.ema, step=args.step)
+    sample_to(args.out, run, config=args.drawing)
     if first:
         print(f"{args.drawing.num} synthetic images: {args.out}")
     return 0

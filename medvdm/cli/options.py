@@ -28,6 +28,8 @@ from medvdm.runs.config import (
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
 
+#: :data:`medvdm.runs.pretrained.NAMES`, which cannot be asked without loading JAX.
+PRETRAINED = ("phantom",)
 RunFolder = Positional[Annotated[str, arg(metavar="RUN")]]
 Step = Annotated[int | Literal["best"] | None, arg(metavar="N|best")]
 Labels = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")]
@@ -142,10 +144,12 @@ class Drawn(SampleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draw synthetic images from a run."""
+    """Draw synthetic images from a run, or from a model that comes with the package."""
 
-    run: RunFolder
+    run: Positional[Annotated[str | None, arg(metavar="RUN")]] = None
     """Folder of the run."""
+    pretrained: Literal[PRETRAINED] | None = None  # type: ignore[valid-type]
+    """A small trained model that comes with the package, in place of a run."""
     out: Annotated[str, arg(metavar="FILE")]
     """File to write, .npz (images, labels, where they come from) or .png (a grid)."""
     drawing: Drawn = field(default_factory=Drawn)

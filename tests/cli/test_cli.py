@@ -364,7 +364,10 @@ def test_a_name_needs_no_equals_sign_unless_it_looks_like_an_option(name: str) -
             "--label: no value; expected one (one that begins with '-' is written --lab",
         ),
         ("sample r", "--out: missing; expected the file to write"),
-        ("sample --out a.png", "RUN: missing; expected the folder of the run"),
+        ("sample --out a.png", "RUN: neither; expected the folder of a run, or --pretrained"),
+        ("sample r --pretrained phantom --out a.png", "RUN: 'r' and --pretrained phantom; expected the folder of a run"),
+        ("sample --pretrained phantom --ema --out a.png", "--pretrained: has the moving average of its last step only"),
+        ("sample --pretrained fantom --out a.png", "--pretrained: 'fantom'; did you mean 'phantom'?"),
         ("audit -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
         ("evaluate r s", "s: unknown"),
         ("evaluate r --step bst", "--step: 'bst'; expected None or a whole number or best (see medvdm"),
@@ -545,7 +548,8 @@ def test_the_help_says_what_is_required(capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(
         r"--out FILE File to write[^()]*\([^()]*\)[^()]*\([^()]*\)\. \(required\)", helped(capsys, "sample")
     )
-    for command in ("evaluate", "sample", "audit"):
+    assert "RUN Folder of the run. (default: none)" in helped(capsys, "sample")
+    for command in ("evaluate", "audit"):
         text = helped(capsys, command)
         assert "RUN Folder of the run. (required)" in text and text.split("Folder")[0].count("STR") == 0
         assert f"usage: medvdm {command} [-h] [OPTIONS] RUN" in text
