@@ -365,7 +365,10 @@ def test_a_name_needs_no_equals_sign_unless_it_looks_like_an_option(name: str) -
         ),
         ("sample r", "--out: missing; expected the file to write"),
         ("sample --out a.png", "RUN: neither; expected the folder of a run, or --pretrained"),
-        ("sample r --pretrained phantom --out a.png", "RUN: 'r' and --pretrained phantom; expected the folder of a run"),
+        (
+            "sample r --pretrained phantom --out a.png",
+            "RUN: 'r' and --pretrained phantom; expected the folder of a run",
+        ),
         ("sample --pretrained phantom --ema --out a.png", "--pretrained: has the moving average of its last step only"),
         ("sample --pretrained fantom --out a.png", "--pretrained: 'fantom'; did you mean 'phantom'?"),
         ("audit -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
