@@ -5,12 +5,14 @@
 
 RECORD is the name of a file in book/results, or mean(...) or sd(...) of several, such as the seeds of one row. The path
 walks keys and, in lists, integers; [key=value] picks the first element of a list whose key has that value, and several
-conditions are parted by commas. What follows | is a format of Python; without it the value is shown as it is.
+conditions are parted by commas. What follows | is a format of Python; without it the value is shown as it is. Two
+values may be joined by +, - or /, with a space on either side.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import re
 import statistics
 from functools import cache
@@ -19,6 +21,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SUMMARIES = {"mean": statistics.fmean, "sd": statistics.stdev}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "/": operator.truediv}
 _ROLE = re.compile(r"\{result\}`([^`]+)`")
 _PART = re.compile(r"\.?([^.\[\]=,]+)|\[([^\]]+)\]")
 
@@ -26,23 +29,33 @@ _PART = re.compile(r"\.?([^.\[\]=,]+)|\[([^\]]+)\]")
 def resolve(reference: str, folder: Path = RESULTS) -> str:
     """The value that a reference names, as text; raises ValueError with one line where it names none."""
     address, _, spec = reference.partition("|")
+    first, *rest = re.split(r" ([-+/]) ", address.strip())
+    value = _term(first, folder, reference)
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        other = _term(term, folder, reference)
+        if not (_is_number(value) and _is_number(other)) or (sign == "/" and other == 0):
+            raise ValueError(f"result '{reference}': cannot take {value!r} {sign} {other!r}")
+        value = OPERATIONS[sign](value, other)
+    try:
+        text = format(value, spec.strip())
+    except (ValueError, TypeError):
+        raise ValueError(f"result '{reference}': '{spec.strip()}' is no format for {value!r}") from None
+    return text.replace("-", "\N{MINUS SIGN}") if _is_number(value) and "e" not in text else text
+
+
+def _term(address: str, folder: Path, reference: str) -> Any:
+    """The value of RECORD:path, or of a summary of several records."""
     source, colon, path = address.strip().partition(":")
     if not colon or not path:
         raise ValueError(f"result '{reference}': expected RECORD:path, or RECORD:path|format")
     summary = re.fullmatch(r"(\w+)\((.+)\)", source)
     names = [name.strip() for name in summary[2].split(",")] if summary else [source]
     values = [_value(_record(name, folder, reference), path, reference) for name in names]
-    if summary:
-        if summary[1] not in SUMMARIES or len(values) < 2 or not all(map(_is_number, values)):
-            raise ValueError(f"result '{reference}': expected mean(...) or sd(...) of two or more numbers")
-        value = SUMMARIES[summary[1]](values)
-    else:
-        value = values[0]
-    try:
-        text = format(value, spec.strip())
-    except (ValueError, TypeError):
-        raise ValueError(f"result '{reference}': '{spec.strip()}' is no format for {value!r}") from None
-    return text.replace("-", "\N{MINUS SIGN}") if _is_number(value) and "e" not in text else text
+    if not summary:
+        return values[0]
+    if summary[1] not in SUMMARIES or len(values) < 2 or not all(map(_is_number, values)):
+        raise ValueError(f"result '{reference}': expected mean(...) or sd(...) of two or more numbers")
+    return SUMMARIES[summary[1]](values)
 
 
 def references(text: str) -> list[str]:

@@ -16,6 +16,7 @@ import jsonschema
 import nbformat
 import numpy as np
 import pytest
+import scipy.optimize
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -362,4 +363,20 @@ def test_the_arithmetic_on_the_page_about_the_paper():
     said |= {f"encodings of {mean_square:.2f}"}
     room = {end: 32 * math.log2(1 + mean_square * math.exp(-end)) for end in (0.1, -5.0)}  # (14.1)
     said |= {f"most {room[0.1]:.1f} bits for the printed range, and at most {room[-5.0]:.0f} for"}
+    zero = 0.9 * 64 / 2  # nats of a network that always answers zero, on the printed range
+    said |= {f"{zero:.1f} nats, or {zero / math.log(2) / 65_536:.5f} bits"}
+    by_rounding = [
+        [2 * b * 65_536 * math.log(2) / 64 / w for b in (0.00075, 0.00085)] for w in (0.9, 5 * math.expm1(0.18))
+    ]
+    said |= {f"between {low:.2f} and {high:.2f}" for low, high in by_rounding}
+    said |= {f"2 \\cdot 36.3 / 64 = {2 * nats / 64:.2f}$ nats"}
+
+    def prior(gamma):  # nats of 64 encodings that are all zero
+        sigma2 = 1 / (1 + math.exp(-gamma))
+        return 32 * (sigma2 - 1 - math.log(sigma2))
+
+    least_gamma = scipy.optimize.brentq(lambda gamma: prior(gamma) - latent * math.log(2), -1, 1)
+    said |= {f"{prior(-0.1):.2f} nats", f"{prior(-0.1) / math.log(2) / 65_536 * 1e4:.1f} \\cdot 10^{{-4}}$ bits"}
+    said |= {f"$\\gamma_1$ is at least {least_gamma:.2f}", f"\\alpha_1^2 = {1 - sigma2:.2f}$"}
+    said |= {f"noise variance of {1 / (1 + math.exp(-0.1)):.2f}"}
     assert [number for number in said if number not in page] == []
