@@ -71,7 +71,7 @@ def themed(svg: str, alt: str, name: str) -> str:
     for colour, word in COLOURS.items():
         svg = re.sub(rf"(fill|stroke): ?{colour}\b", rf"\1: var(--figure-{word})", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     head, rest = svg.split(">", 1)
     width, height = (float(re.search(rf' {side}="([\d.]+)pt"', head)[1]) for side in ("width", "height"))
     view = f"0 0 {width:g} {height:g}"
