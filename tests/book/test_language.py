@@ -158,6 +158,8 @@ def test_a_result_is_the_same_number_on_every_page(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_row_of_three_seeds_is_their_mean_with_its_spread_and_a_row_of_one_says_so(page):
     for head, *rows in tables_of(markdown_of(page)):
+        if not any(re.search("excess|above the floor", title.lower()) for title in head):
+            continue
         counted = [column for column, title in enumerate(head) if title.lower().startswith("seeds")]
         for row in rows:
             of, said = known(row[0]), " ".join(row)
