@@ -264,7 +264,7 @@ def interactive(kind: str, data: Mapping[str, Any], figure: Any, *, alt: str) ->
         raise InputError(f"alt: '{alt}'; expected a sentence that says what is to be seen")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    still = _png(Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE))
+    still = _png(Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE))
     text = json.dumps(_plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     return Interactive(
         f'<div class="moving" data-moving="{kind}"><img class="moving-still" src="{still}" alt="{html.escape(alt)}">'

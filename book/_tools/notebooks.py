@@ -45,6 +45,7 @@ CELL_SECONDS = 900  # generous: nbval holds the limit in `make test`
 KEPT_METADATA = ("tags", "mystnb")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LOADED = "import sys; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'medvdm'))"
+PRETRAINED = re.compile(r"medvdm\.pretrained\(\"(\w+)\"\)")  # its record holds the hash of its weights
 MOVING = re.compile(r'<div class="moving" data-moving="[a-z]+"><img class="moving-still" src="[^"]+" alt="([^"]*)">')
 MOVING_BYTES = 200_000  # of one figure that moves: its picture and its data
 SETUP = """\
@@ -78,9 +79,10 @@ def library_hashes(modules: list[str]) -> dict[str, str]:
 
 
 def record_hashes(nb: Any) -> dict[str, str]:
-    """A hash of each file of recorded results that the chapter's code names."""
+    """A hash of each file of recorded results, and of the record of each packed model, that the chapter's code names."""
     code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
-    names = sorted(set(RECORDS.findall(code)))
+    models = [f"../medvdm/pretrained/{name}/config.json" for name in PRETRAINED.findall(code)]
+    names = sorted({*RECORDS.findall(code), *models})
     return {name: _hash((BOOK / name).read_bytes()) if (BOOK / name).is_file() else "" for name in names}
 
 

@@ -7,10 +7,13 @@ Moving.figure("reverse", async (live, data, root) => {
   const frames = times.length;
 
   Moving.title(live, data.title, data.hint);
-  const row = html("div", { class: "moving-row" });
+  const row = html("div", { class: "moving-row", style: `max-width: ${14 * chains}rem` });
   live.append(row);
   const pictures = Array.from({ length: chains }, (_, k) =>
-    Moving.picture(row, { width, height, alt: `Chain ${k + 1} on its way from noise to a synthetic picture` }),
+    Moving.picture(row, {
+      width, height, name: data.names ? data.names[k] : "",
+      alt: data.names ? data.names[k] : `Chain ${k + 1} on its way from noise to a synthetic picture`,
+    }),
   );
   const controls = html("div", { class: "moving-player" });
   live.append(controls);
@@ -43,7 +46,7 @@ Moving.figure("reverse", async (live, data, root) => {
     if (!playing) return;
     requestAnimationFrame(tick);
     if (!visible) return;
-    const rest = frame === frames - 1 ? 2200 : 90; // the finished pictures stay for a while
+    const rest = frame === frames - 1 ? 2200 : 140; // the finished pictures stay for a while
     if (now - last < rest) return;
     last = now;
     show((frame + 1) % frames);
