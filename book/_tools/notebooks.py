@@ -79,7 +79,7 @@ def library_hashes(modules: list[str]) -> dict[str, str]:
 
 
 def record_hashes(nb: Any) -> dict[str, str]:
-    """A hash of each file of recorded results, and of the record of each packed model, that the chapter's code names."""
+    """A hash of each recorded result, and of the record of each packed model, that the chapter's code names."""
     code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
     models = [f"../medvdm/pretrained/{name}/config.json" for name in PRETRAINED.findall(code)]
     names = sorted({*RECORDS.findall(code), *models})

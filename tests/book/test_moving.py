@@ -239,7 +239,7 @@ def test_the_plane_shows_the_point_under_the_pointer(page):
     page.locator("[data-moving=plane] input").first.focus()
     page.keyboard.press("ArrowLeft")
     assert state(page, "plane")["components"] == 1
-    assert shown(page, "plane", "total") == "95"
+    assert shown(page, "plane", "excess") == "95"
 
 
 def test_the_loop_waits_for_the_button_where_motion_is_unwanted(page, browser, site):

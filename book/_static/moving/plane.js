@@ -9,7 +9,7 @@ Moving.figure("plane", async (live, data, root) => {
   let [i, j] = data.start; // which number of components, which noise
   const paint = (one, bytes) => one.paint(Float32Array.from(bytes, (v) => v / 255));
 
-  Moving.title(live, "What a bit buys", "Move over the plane, or use the sliders. Which point has the least total?");
+  Moving.title(live, "What a bit buys", "Move over the plane, or use the sliders. Which point has the least excess, rate and distortion together?");
   const pair = html("div", { class: "moving-pair moving-wide" });
   live.append(pair);
   const [left, right] = [html("div", {}), html("div", { class: "moving-two" })];
@@ -59,7 +59,7 @@ Moving.figure("plane", async (live, data, root) => {
     }),
   ];
   const show = Moving.numbers(live, {
-    rate: "rate (bits per image)", distortion: "distortion (bits per image)", total: "total (bits per image)",
+    rate: "rate (bits per image)", distortion: "distortion (bits per image)", excess: "excess (bits per image)",
   });
   function set(a, b) {
     [i, j] = [a, b];
@@ -72,7 +72,7 @@ Moving.figure("plane", async (live, data, root) => {
     paint(decoded, pictures[i * noises.length + j]);
     decoded.name.textContent = `decoded, k = ${components[i]}`;
     chart.draw();
-    show({ rate: fixed(rate, 0), distortion: fixed(distortion, 0), total: fixed(rate + distortion, 0) });
+    show({ rate: fixed(rate, 0), distortion: fixed(distortion, 0), excess: fixed(rate + distortion, 0) });
     root.state = { components: components[i], noise: noises[j], rate, distortion };
   }
   draw();
