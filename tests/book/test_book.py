@@ -93,6 +93,12 @@ def test_the_first_code_cell_gets_the_library_on_colab(name):
     assert url in first.source and "remove-cell" in first.metadata.tags
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_names_the_records_that_it_reads_in_full(name):
+    """Else a new record would not make its outputs stale."""
+    assert re.findall(r"results/\{|[\"']results[\"'] *[/)]|results/[\"']", text(name)) == []
+
+
 def test_chapters_have_outputs_that_nbval_compares():
     assert set(notebooks.QUICK) < set(CHAPTERS)
     for name in NUMBERED:
