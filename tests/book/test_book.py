@@ -99,6 +99,17 @@ def test_a_chapter_names_the_records_that_it_reads_in_full(name):
     assert re.findall(r"results/\{|[\"']results[\"'] *[/)]|results/[\"']", text(name)) == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "book/text/index.md", "book/reading.md", "book/cli.md"])
+def test_the_address_is_that_of_the_settings(page):
+    """It is set in _config.yml; Colab's address ends with it too."""
+    url = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))["repository"]["url"]
+    places = [url, url.replace("https://github.com", "https://colab.research.google.com/github")]
+    name = url.rsplit("/", 2)[1]
+    text_ = (ROOT / page).read_text("utf8")
+    found = re.findall(rf"https?://[\w./-]*{name}/[\w.-]+", text_)
+    assert found and all(any(address.startswith(place) for place in places) for address in found)
+
+
 def test_chapters_have_outputs_that_nbval_compares():
     assert set(notebooks.QUICK) < set(CHAPTERS)
     for name in NUMBERED:

@@ -232,3 +232,42 @@ def test_figures_that_move_come_to_life_on_their_pages(html, site, browser, them
     page.emulate_media(media="print")
     assert page.locator(".moving-still").first.is_visible()
     context.close()
+
+
+# --- The model of the start page -----------------------------------------------------------------------------------
+
+
+def test_the_model_in_the_browser_says_what_jax_says(site, page):
+    import jax.numpy as jnp
+    import numpy as np
+
+    import medvdm
+
+    model = medvdm.pretrained("phantom").model
+    z = np.random.default_rng(0).standard_normal((1, 64, 64, 1), np.float32)
+    gammas = [5.0, 1.0, -3.0, -8.0, -12.5]
+    expected = [np.asarray(model.x_hat(jnp.asarray(z), jnp.full(1, g), model.embed(None))).ravel() for g in gammas]
+    page.goto(f"{site}/book/index.html")
+    page.add_script_tag(url=f"{site}/_static/model/unet.js")
+    found = page.evaluate(
+        """async ([z, gammas]) => {
+            const model = await medvdmModel.load("../_static/model");
+            return gammas.map((gamma) => Array.from(medvdmModel.expected(model, Float32Array.from(z), gamma)));
+        }""",
+        [z.ravel().tolist(), gammas],
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_the_start_page_draws_an_x_ray(site, page):
+    page.goto(f"{site}/book/index.html")
+    page.click(".draw-button")
+    page.wait_for_selector(".draw-button:enabled", timeout=120_000)
+    assert page.inner_text(".draw-button") == "Draw another" and "Synthetic" in page.inner_text(".draw-said")
+    pixels = page.evaluate(
+        "Array.from(document.querySelector('.draw figure:last-child canvas').getContext('2d')"
+        ".getImageData(0, 0, 64, 64).data).filter((_, i) => i % 4 === 0)"
+    )
+    centre, ends = pixels[32 * 64 + 32], [pixels[40 * 64 + 14], pixels[40 * 64 + 48]]
+    assert min(pixels) < 60 < 140 < max(pixels) and centre > max(ends)  # the spine is lighter than the lungs
+    assert complaints(page) == []
