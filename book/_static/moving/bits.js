@@ -8,13 +8,13 @@ Moving.figure("bits", async (live, data, root) => {
   const { gammas, bits, at } = data;
   const x = Float32Array.from(image, (v) => (2 * v) / 255 - 1);
   const eps = Float32Array.from(field, (v) => (v - 128) / data.levels);
-  const spent = [0]; // bits per pixel spent at less noise, by trapezia
+  const spent = [0]; // bits per pixel at less noise, by trapezia
   for (let k = 1; k < gammas.length; k++)
     spent.push(spent[k - 1] + ((bits[k] + bits[k - 1]) / 2) * (gammas[k] - gammas[k - 1]));
   const all = spent[spent.length - 1];
   let level = data.start;
 
-  Moving.title(live, "Where the bits are spent", "Move the noise. When do you recognise a chest, and what has been paid by then?");
+  Moving.title(live, "Where the bits are spent", "Come from the right, where sampling starts. When do you see a chest, and what is still to be paid then?");
   const pair = html("div", { class: "moving-pair moving-wide" });
   live.append(pair);
   const [left, right] = [html("div", {}), html("div", { class: "moving-two" })];
@@ -45,7 +45,8 @@ Moving.figure("bits", async (live, data, root) => {
     label: "noise \u03b3", min: 0, max: gammas.length - 1, step: 1, value: level, text: (k) => fixed(gammas[k], 2), input: draw,
   });
   const show = Moving.numbers(live, {
-    gray: "noise (gray levels)", bits: "bits per pixel, spent at less noise", share: "of all bits", rest: "bits per pixel, still to come",
+    gray: "noise (gray levels)", paid: "bits per pixel paid at more noise",
+    bits: "still to be paid at less noise", share: "of all bits",
   });
   const buffer = new Float32Array(x.length);
   function draw() {
@@ -63,8 +64,8 @@ Moving.figure("bits", async (live, data, root) => {
     chart.draw();
     const gray = (s / a) * 127.5;
     show({
-      gray: gray < 10 ? gray.toFixed(2) : gray.toFixed(0), bits: fixed(spent[level], 2),
-      share: `${fixed((100 * spent[level]) / all, 0)} %`, rest: fixed(all - spent[level], 2),
+      gray: gray < 10 ? gray.toFixed(2) : gray.toFixed(0), paid: fixed(all - spent[level], 2),
+      bits: fixed(spent[level], 2), share: `${fixed((100 * spent[level]) / all, 0)} %`,
     });
     root.state = { gamma: g, spent: spent[level], all };
   }
