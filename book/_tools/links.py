@@ -31,21 +31,11 @@ FIGURE = re.compile(r"[Ff]igure (\d+\.\d+)$")
 GLOSSARY = "book/glossary"
 #: Pages that do not link terms, and entries that every page would link, or that are common words of another meaning.
 UNLINKING = ("book/api", "book/bibliography", "book/notation", GLOSSARY)
-UNLINKED = {
-    "audit",
-    "cell",
-    "bound",
-    "gaps",
-    "latent",
-    "null",
-    "patch",
-    "run",
-    "split",
-    "step",
-    "time",
-    "noise",
-    "width",
-}
+UNLINKED = set(
+    "attention audit bound cell crop divergence gaps latent noise null patch run score skip split step time v width".split()
+)
+#: Words that are a term in some company only.
+IN_COMPANY = {"rate": r"(?<!learning )(?<!\ba )(?<!same )rate(?! of)"}
 #: What is no prose: a reference or a term in it stays as it is.
 SOLID = (nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.title, nodes.raw)
 SOLID += (nodes.comment,)
@@ -178,9 +168,17 @@ def _link_terms(app: Sphinx, tree: nodes.document, docname: str, state: dict[str
 
 
 def _terms_pattern(names: set[str]) -> re.Pattern[str]:
-    """Any of the terms, the longest first, at a word's ends, with a plural s."""
-    longest = sorted(map(re.escape, names), key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])((?:{'|'.join(longest)})s?)(?![\w-])", re.IGNORECASE)
+    """Any of the terms, the longest first, with a plural s; in any case, but for names such as FiLM."""
+    longest = sorted(names, key=len, reverse=True)
+    words = [
+        IN_COMPANY.get(name) or (re.escape(name) if _is_name(name) else f"(?i:{re.escape(name)})") for name in longest
+    ]
+    return re.compile(rf"(?<![\w-])((?:{'|'.join(words)})s?)(?![\w-])")
+
+
+def _is_name(term: str) -> bool:
+    """Whether a term has capitals beyond its first letter."""
+    return term[1:] != term[1:].lower()
 
 
 def _named(text: str, names: dict[str, Any]) -> str:

@@ -53,10 +53,12 @@ def glossary(**entries):
 def book():
     app = App()
     first = app.read(
-        "book/a", tree_of(nodes.math_block("", r"a = b \tag{1.1}"), paragraph("By (1.1), a rate of (0.25)."))
+        "book/a", tree_of(nodes.math_block("", r"a = b \tag{1.1}"), paragraph("By (1.1), a schedule of (0.25)."))
     )
-    second = app.read("book/b", tree_of(paragraph("With (1.1) and Rates: a rate."), nodes.literal("", "(1.1) rate")))
-    terms = app.read("book/glossary", glossary(rate="Bits per image. Chapter 1, chapter 2.", fit="To train."))
+    second = app.read(
+        "book/b", tree_of(paragraph("With (1.1) and Schedules: a schedule."), nodes.literal("", "(1.1) schedule"))
+    )
+    terms = app.read("book/glossary", glossary(schedule="Bits per image. Chapter 1, chapter 2.", fit="To train."))
     return SimpleNamespace(app=app, first=first, second=second, terms=terms)
 
 
@@ -78,11 +80,17 @@ def test_references_lead_to_equations_and_back(book, monkeypatch):
 def test_the_first_use_of_a_term_links_and_code_does_not(book):
     links.resolve(book.app, book.second, "book/b")
     found = [link for link in book.second.findall(nodes.reference) if "term" in link["classes"]]
-    assert [link.astext() for link in found] == ["Rates"]
-    assert found[0]["refuri"] == "book/glossary.html#term-rate" and found[0]["reftitle"] == "Bits per image."
-    assert list(book.second.findall(nodes.literal))[0].astext() == "(1.1) rate"
+    assert [link.astext() for link in found] == ["Schedules"]
+    assert found[0]["refuri"] == "book/glossary.html#term-schedule" and found[0]["reftitle"] == "Bits per image."
+    assert list(book.second.findall(nodes.literal))[0].astext() == "(1.1) schedule"
     links.resolve(book.app, book.terms, "book/glossary")
     assert ("2", "book/b.html") in anchors(book.terms)
+
+
+def test_a_name_links_as_it_is_written_and_a_word_in_any_case():
+    pattern = links._terms_pattern({"FiLM", "Bernoulli distribution", "skip"})
+    found = pattern.findall("A film by FiLM. Skips and a skip. A bernoulli distribution, to skipping.")
+    assert found == ["FiLM", "Skips", "skip", "bernoulli distribution"]
 
 
 def test_a_page_that_is_read_anew_forgets_its_equations(book):
