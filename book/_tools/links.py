@@ -29,11 +29,10 @@ TAG = re.compile(r"\\tag\{((?:\d+|S)\.\d+)\}")
 REFERENCE = re.compile(r"\(((?:\d{1,2}|S)\.\d{1,2})\)")
 FIGURE = re.compile(r"[Ff]igure (\d+\.\d+)$")
 GLOSSARY = "book/glossary"
-#: Pages that do not link terms, and entries that every page would link, or that are common words of another meaning.
+#: Pages that do not link terms, and entries that every page would link, or that are common words with other meanings.
 UNLINKING = ("book/api", "book/bibliography", "book/notation", GLOSSARY)
-UNLINKED = set(
-    "attention audit bound cell crop divergence gaps latent noise null patch run score skip split step time v width".split()
-)
+COMMON = "attention audit bound cell crop divergence gaps latent noise null patch run score skip split step time v width"
+UNLINKED = set(COMMON.split())
 #: Words that are a term in some company only.
 IN_COMPANY = {"rate": r"(?<!learning )(?<!\ba )(?<!same )rate(?! of)"}
 #: What is no prose: a reference or a term in it stays as it is.
