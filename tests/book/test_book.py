@@ -86,6 +86,13 @@ def test_equations_are_numbered_by_chapter_in_order_and_references_exist(name):
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
+def test_a_numbered_formula_of_several_lines_is_an_align(name):
+    """Sphinx splits a formula between dollars at its line ends, where no number may stand."""
+    formulas = re.findall(r"\$\$(.*?)\$\$", text(name), re.DOTALL)
+    assert [formula for formula in formulas if r"\tag" in formula and "\\\\" in formula] == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_the_first_code_cell_gets_the_library_on_colab(name):
     nb = nbformat.read(BOOK / f"{name}.ipynb", 4)
     first = next(cell for cell in nb.cells if cell.cell_type == "code")
