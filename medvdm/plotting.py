@@ -15,6 +15,7 @@ import base64
 import functools
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 DPI = 100
 
 _GRAY = "#555555"
-_MOST_SVG = 400_000  # characters
+_MOST_SVG = 400_000  # characters, without the pictures within
 _WIDTH = 8.0  # inches that a figure takes at most, about
 _STYLE = {
     "figure.dpi": DPI,
@@ -92,8 +93,9 @@ class Figure(_Figure):
         self.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         for image, interpolation in zip(images, before, strict=True):
             image.set_interpolation(interpolation)
-        if len(buffer.getvalue()) <= _MOST_SVG:
-            return {"image/svg+xml": buffer.getvalue()}
+        svg = buffer.getvalue()
+        if len(re.sub(r"base64,[^\"]+", "", svg)) <= _MOST_SVG:
+            return {"image/svg+xml": svg}
         return {"image/png": base64.b64encode(self.png(2 * DPI)).decode()}
 
     def png(self, dpi: int = DPI) -> bytes:

@@ -194,7 +194,7 @@ def test_figures_take_the_colours_of_the_theme_and_text_its_contrast(site, brows
     assert abs(luminance[0] - luminance[1]) > 0.5
     assert (luminance[0] < 0.5) == (theme == "dark")
     figures = page.query_selector_all("article svg.figure")
-    assert figures and page.query_selector_all("article .cell_output img") == []
+    assert figures and page.query_selector_all("article .cell_output img:not(.moving-still)") == []
     assert all(f.evaluate("e => getComputedStyle(e).color") == ink and f.get_attribute("aria-label") for f in figures)
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     context.close()
