@@ -102,6 +102,8 @@ def _prose(tree: nodes.Node) -> list[nodes.Text]:
 def _inside(node: nodes.Node, kinds: tuple[type, ...]) -> bool:
     parent = node.parent
     while parent is not None:
+        if isinstance(parent, nodes.caption):  # of a figure, which is the output of a cell
+            return False
         if isinstance(parent, kinds) or "cell" in getattr(parent, "attributes", {}).get("classes", []):
             return True
         parent = parent.parent
