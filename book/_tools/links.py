@@ -34,7 +34,7 @@ UNLINKING = ("book/api", "book/bibliography", "book/notation", GLOSSARY)
 COMMON = "attention audit bound cell crop divergence gaps latent noise null patch run score skip split step time v"
 UNLINKED = set(COMMON.split())
 #: Words that are a term in some company only.
-IN_COMPANY = {"rate": r"(?<!learning )(?<!\ba )(?<!same )rate(?! of)"}
+IN_COMPANY = {"rate": r"(?<=the )rate(?! of)|(?<=distortion and )rate"}
 #: What is no prose: a reference or a term in it stays as it is.
 SOLID = (nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.title, nodes.raw)
 SOLID += (nodes.comment,)
