@@ -89,9 +89,28 @@ def _anchor(tag: str) -> str:
 
 
 def _plain(definition: nodes.Node) -> str:
-    """A definition as one line, without the list of chapters at its end."""
+    """A definition as one line of text, without mathematical markup and without the list of chapters at its end."""
+    definition = definition.deepcopy()
+    for formula in list(definition.findall(nodes.math)):
+        formula.parent.replace(formula, nodes.Text(unicode_math(formula.astext())))
     text = " ".join(definition.astext().split())
     return re.sub(r"\s*(?:,? ?[Cc]hapters? \d+(?: and \d+)?)+\.?$", "", text).rstrip(" ,")
+
+
+SIGNS = {"mid": "|", "Vert": "‖", "cdot": "·", "top": "ᵀ", "ge": "≥", "le": "≤", "sim": "~", "infty": "∞", "sqrt": "√"}
+SIGNS |= {"alpha": "α", "beta": "β", "gamma": "γ", "epsilon": "ε", "sigma": "σ", "lambda": "λ", "mu": "μ", "pi": "π"}
+LOWERED = str.maketrans("0123456789st", "₀₁₂₃₄₅₆₇₈₉ₛₜ")
+
+
+def unicode_math(tex: str) -> str:
+    """A short formula as text, such as the ones in definitions."""
+    tex = re.sub(r"\\(?:mathrm|mathcal|mathbb|text|operatorname)\{([^}]*)\}", r"\1", tex)
+    tex = re.sub(r"\\hat\s*(?:\{(\S+?)\}|(\\?\w+))", lambda m: (m[1] or m[2]) + "\u0302", tex)
+    tex = re.sub(r"\\t?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/(\2)", tex)
+    tex = re.sub(r"\\([a-zA-Z]+)", lambda m: SIGNS.get(m[1], m[1]), tex)
+    tex = re.sub(r"_(?:\{(\w+)\}|([0-9st]))", lambda m: (m[1] or m[2]).translate(LOWERED), tex)
+    tex = tex.replace("^2", "²").replace("^ᵀ", "ᵀ")
+    return re.sub(r"\\[,;! ]|[{}$]", "", tex)
 
 
 def _prose(tree: nodes.Node) -> list[nodes.Text]:

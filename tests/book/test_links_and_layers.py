@@ -93,6 +93,20 @@ def test_a_name_links_as_it_is_written_and_a_word_in_any_case():
     assert found == ["FiLM", "Skips", "skip", "bernoulli distribution"]
 
 
+@pytest.mark.parametrize(
+    ("tex", "text"),
+    [
+        (r"q(z_s \mid z_t, x)", "q(zₛ | zₜ, x)"),
+        (r"D_\mathrm{KL}(q \,\Vert\, p)", "D_KL(q ‖ p)"),
+        (r"\gamma = -\log\mathrm{SNR}", "γ = -logSNR"),
+        (r"\log \frac{p}{1 - p}", "log p/(1 - p)"),
+        (r"\hat\epsilon + v^\top A v / \sigma_t^2", "ε̂ + vᵀ A v / σₜ²"),
+    ],
+)
+def test_a_formula_in_a_definition_is_shown_as_text(tex, text):
+    assert links.unicode_math(tex) == text
+
+
 def test_a_page_that_is_read_anew_forgets_its_equations(book):
     links.forget(book.app, book.app.env, "book/a")
     assert links._state(book.app.env)["equations"] == {}

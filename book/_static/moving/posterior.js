@@ -71,8 +71,8 @@ Moving.figure("posterior", (live, data, root) => {
       value.textContent = fixed(v, 3);
     };
   };
-  const barZ = bar("weight of z\u209c", "moving-fill-a");
-  const barX = bar("weight of x", "moving-fill-b");
+  const barZ = bar("factor of z\u209c", "moving-fill-a");
+  const barX = bar("factor of x", "moving-fill-b");
   const show = Moving.numbers(live, { c: "c", mean: "mean \u03bc", deviation: "deviation \u03c3\u0303" });
 
   function set(change) {
