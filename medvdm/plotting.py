@@ -2,9 +2,8 @@
 
 Every function returns a :class:`matplotlib.figure.Figure` of its own: nothing is shown, no global state is changed
 (no pyplot, no ``rcParams``), and a notebook displays the figure as the value of a cell. Save it with
-``figure.savefig``. The background is opaque white, so that figures also read on dark pages; a
-notebook shows them as SVG. Colours are those of
-Okabe and Ito, and lines differ in their dashes as well.
+``figure.savefig``. The background is opaque white, so that figures also read on dark pages; a notebook shows them as
+SVG. Colours are those of Okabe and Ito, and lines differ in their dashes as well.
 
 Images are drawn on one gray scale, black 0 to white 1, never stretched to their own range.
 """

@@ -54,7 +54,6 @@ def inline_figures(app: Sphinx, tree: nodes.document, docname: str) -> None:
         uri = image.get("uri", "")
         if uri.endswith(".svg") and "jupyter_execute" in uri:
             path = Path(app.srcdir) / uri.lstrip("/")
-            path = path if path.is_file() else Path(app.outdir) / Path(uri).name
             drawn = themed(path.read_text("utf8"), image.get("alt", ""), path.stem[:8])
             image.parent.replace(image, nodes.raw("", f'<div class="figure-scroll">{drawn}</div>', format="html"))
 

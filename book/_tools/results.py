@@ -63,11 +63,6 @@ def references(text: str) -> list[str]:
     return [role.replace("\\|", "|") for role in _ROLE.findall(text)]
 
 
-def substitute(text: str, folder: Path = RESULTS) -> str:
-    """A page with each role replaced by its value."""
-    return _ROLE.sub(lambda role: resolve(role[1].replace("\\|", "|"), folder), text)
-
-
 def _record(name: str, folder: Path, reference: str) -> dict[str, Any]:
     path = Path(folder) / f"{name}.json"
     if not path.is_file():

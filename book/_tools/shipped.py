@@ -44,8 +44,14 @@ def finished(app: Sphinx, problem: Exception | None) -> None:
         write(Path(app.outdir) / "_static" / "model")
 
 
+def draws(app: Sphinx, page: str, *_: Any) -> None:
+    """Give the start page, and no other, the script that draws."""
+    if page == app.config.root_doc:
+        app.add_js_file("model/draw.js")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """What Sphinx calls."""
     app.connect("build-finished", finished)
-    app.add_js_file("model/draw.js")
+    app.connect("html-page-context", draws)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

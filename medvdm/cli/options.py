@@ -28,7 +28,7 @@ from medvdm.runs.config import (
 from medvdm.runs.presets import PRESETS
 from medvdm.training.step import TrainConfig
 
-#: :data:`medvdm.runs.pretrained.NAMES`, which cannot be asked without loading JAX.
+#: :data:`medvdm.runs.pretrained.NAMES`, said again: to ask it costs every command a quarter of a second.
 PRETRAINED = ("phantom",)
 RunFolder = Positional[Annotated[str, arg(metavar="RUN")]]
 Step = Annotated[int | Literal["best"] | None, arg(metavar="N|best")]

@@ -1,6 +1,9 @@
-"""A real browser, one for all tests of a process."""
+"""A real browser, one for all tests of a process, and what serves pages to it."""
 
+import functools
+import http.server
 import shutil
+import threading
 
 import pytest
 
@@ -18,3 +21,26 @@ def browser():
         chromium = play.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Serves a folder on a loopback server until the tests are over: `serve(folder)` is its address."""
+    servers = []
+
+    def start(folder):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()

@@ -1,11 +1,8 @@
 """The book as a reader meets it: built without a warning, checked, and opened in a real browser without a network."""
 
-import functools
-import http.server
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -37,17 +34,10 @@ def html(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def site(html):
+def site(html, serve):
     """The address of the pages on a loopback server."""
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(html)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    return serve(html)
 
 
 @pytest.fixture
@@ -265,7 +255,7 @@ def test_the_start_page_draws_an_x_ray(site, page):
     page.wait_for_selector(".draw-button:enabled", timeout=120_000)
     assert page.inner_text(".draw-button") == "Draw another" and "Synthetic" in page.inner_text(".draw-said")
     pixels = page.evaluate(
-        "Array.from(document.querySelector('.draw figure:last-child canvas').getContext('2d')"
+        "Array.from(document.querySelector('.draw .moving-picture:last-child canvas').getContext('2d')"
         ".getImageData(0, 0, 64, 64).data).filter((_, i) => i % 4 === 0)"
     )
     centre, ends = pixels[32 * 64 + 32], [pixels[40 * 64 + 14], pixels[40 * 64 + 48]]

@@ -1,8 +1,5 @@
 """The figures that a reader moves: each as a cell makes it, in a browser, against the library's numbers."""
 
-import functools
-import http.server
-import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -96,7 +93,7 @@ def test_every_script_has_data_here():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, serve):
     """A page with all of them, and the scripts, on a loopback server."""
     root = tmp_path_factory.mktemp("moving")
     (root / "_static").symlink_to(STATIC)
@@ -104,15 +101,7 @@ def site(tmp_path_factory):
     shown = [interactive(kind, data, still, alt=f"The figure {kind}").markup for kind, data in DATA.items()]
     head = '<link rel="stylesheet" href="_static/moving.css"><script defer src="_static/moving.js"></script>'
     (root / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{head}{'<hr>'.join(shown)}", "utf8")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(root)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    return serve(root)
 
 
 @pytest.fixture

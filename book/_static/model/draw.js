@@ -4,32 +4,18 @@
   const STEPS = 20;
   const here = document.currentScript.src.replace(/draw\.js.*$/, "");
 
-  const html = (tag, properties, ...children) => {
-    const node = Object.assign(document.createElement(tag), properties);
-    node.append(...children);
-    return node;
-  };
-
   document.addEventListener("DOMContentLoaded", () => {
     const section = document.querySelector("section#try-it-in-a-minute");
     if (!section || !location.protocol.startsWith("http")) return; // a page on disk may fetch no weights
-    const canvas = (label) => {
-      const node = html("canvas", { width: 64, height: 64 });
-      node.setAttribute("role", "img");
-      node.setAttribute("aria-label", label);
-      return node;
-    };
-    const noisy = canvas("The noisy image"), clean = canvas("The image that the model expects");
-    const button = html("button", { type: "button", className: "draw-button" }, "Draw an X-ray here");
-    const said = html("p", { className: "draw-said" }, "The model that comes with the package runs in your browser: 1.6 MB, 20 steps, a few seconds.");
-    said.setAttribute("aria-live", "polite");
-    const pictures = html(
-      "div",
-      { className: "draw-pictures", hidden: true },
-      html("figure", {}, noisy, html("figcaption", {}, "what the chain holds")),
-      html("figure", {}, clean, html("figcaption", {}, "what the model expects")),
-    );
-    section.querySelector("h2").after(html("div", { className: "draw" }, button, said, pictures));
+    const { html, picture } = Moving;
+    const button = html("button", { type: "button", class: "draw-button" }, "Draw an X-ray here");
+    const said = html("p", { class: "draw-said", "aria-live": "polite" });
+    said.textContent = `The model that comes with the package runs in your browser: 1.6 MB, ${STEPS} steps, a few seconds.`;
+    const pictures = html("div", { class: "draw-pictures", hidden: "" });
+    const square = { width: 64, height: 64 };
+    const noisy = picture(pictures, { ...square, alt: "The noisy image", name: "what the chain holds" });
+    const clean = picture(pictures, { ...square, alt: "The image that the model expects", name: "what the model expects" });
+    section.querySelector("h2").after(html("div", { class: "draw" }, button, said, pictures));
     let model = null;
 
     button.addEventListener("click", async () => {
@@ -43,8 +29,8 @@
         pictures.hidden = false;
         const z = medvdmModel.noise(model.size ** 2);
         for (const state of medvdmModel.chain(model, z, STEPS)) {
-          show(noisy, state.z);
-          show(clean, state.x);
+          noisy.paint(state.z.map(shade));
+          clean.paint(state.x.map(shade));
           said.textContent = state.step < STEPS ? `Step ${state.step + 1} of ${STEPS}` : "Synthetic: no X-ray of a patient. At the end both pictures agree.";
           await new Promise((next) => setTimeout(next)); // so that the page is painted, and may be scrolled
         }
@@ -57,17 +43,11 @@
     });
   });
 
+  const shade = (value) => (value + 1) / 2; // from [-1, 1]
+
   function script(address) {
     return new Promise((resolve, reject) => {
-      const node = html("script", { src: address, onload: resolve, onerror: reject });
-      document.head.append(node);
+      document.head.append(Moving.html("script", { src: address, onload: resolve, onerror: reject }));
     });
-  }
-
-  /** An image in [-1, 1]; what lies outside is black or white. */
-  function show(canvas, x) {
-    const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
-    x.forEach((value, i) => image.data.set([0, 1, 2].map(() => 127.5 * (value + 1)).concat(255), 4 * i));
-    context.putImageData(image, 0, 0);
   }
 })();
