@@ -89,9 +89,11 @@ class Figure(_Figure):
         before = [image.get_interpolation() for image in images]
         for image in images:
             image.set_interpolation("none")  # not resampled: whoever shows the figure does that
-        self.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        for image, interpolation in zip(images, before, strict=True):
-            image.set_interpolation(interpolation)
+        try:
+            self.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        finally:
+            for image, interpolation in zip(images, before, strict=True):
+                image.set_interpolation(interpolation)
         svg = buffer.getvalue()
         if len(re.sub(r"base64,[^\"]+", "", svg)) <= _MOST_SVG:
             return {"image/svg+xml": svg}

@@ -1,7 +1,10 @@
-"""A Sphinx extension: the weights of the model that comes with the package, for the start page to draw with.
+"""A Sphinx extension: what the pages come with, and what they do not.
 
-They are written from the package's own file when the pages are built: ``_static/model/phantom.bin``, all arrays as
+With the weights of the model that comes with the package, for the start page to draw with. They are written from the package's own file when the pages are built: ``_static/model/phantom.bin``, all arrays as
 float16 one after another, and ``phantom.json``, which says where each begins and what the network is.
+
+Without the scripts of sphinx-thebe, which Jupyter Book always adds: cells run on Colab, Binder or at home, not on the
+page, and the address of another host is on none of them.
 """
 
 from __future__ import annotations
@@ -50,8 +53,18 @@ def draws(app: Sphinx, page: str, *_: Any) -> None:
         app.add_js_file("model/draw.js")
 
 
+def without_thebe(app: Sphinx) -> None:
+    """Take sphinx-thebe off all events, and its style off all pages."""
+    app.registry.css_files[:] = [file for file in app.registry.css_files if "thebe" not in file[0]]
+    for listeners in app.events.listeners.values():
+        for listener in [*listeners]:
+            if listener.handler.__module__.split(".")[0] == "sphinx_thebe":
+                app.disconnect(listener.id)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """What Sphinx calls."""
+    app.connect("config-inited", lambda app, _: without_thebe(app), priority=999)
     app.connect("build-finished", finished)
     app.connect("html-page-context", draws)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

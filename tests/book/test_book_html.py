@@ -15,7 +15,7 @@ import check_html  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-THEME_NOISE = ("Got invalid theme mode", "THEBE_JS_URL", "favicon.ico")  # of the theme, not ours
+THEME_NOISE = ("Got invalid theme mode", "favicon.ico")  # of the theme, not ours
 
 
 @pytest.fixture(scope="session")
