@@ -1,7 +1,8 @@
 """A Sphinx extension: what the pages come with, and what they do not.
 
-With the weights of the model that comes with the package, for the start page to draw with. They are written from the package's own file when the pages are built: ``_static/model/phantom.bin``, all arrays as
-float16 one after another, and ``phantom.json``, which says where each begins and what the network is.
+With the weights of the model that comes with the package, for the start page to draw with. They are written from the
+package's own file when the pages are built: ``_static/model/phantom.bin``, all arrays as float16 one after another, and
+``phantom.json``, which says where each begins and what the network is.
 
 Without the scripts of sphinx-thebe, which Jupyter Book always adds: cells run on Colab, Binder or at home, not on the
 page, and the address of another host is on none of them.
