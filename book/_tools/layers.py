@@ -74,7 +74,7 @@ def themed(svg: str, alt: str, name: str) -> str:
     head, rest = svg.split(">", 1)
     width, height = (float(re.search(rf' {side}="([\d.]+)pt"', head)[1]) for side in ("width", "height"))
     view = f"0 0 {width:g} {height:g}"
-    style = f"max-width: {width * 96 / 72:.0f}px"
+    style = f"--width: {width * 96 / 72:.0f}px; max-width: var(--width)"
     said = f'role="img" aria-label="{html.escape(alt)}"'
     return f'<svg class="figure" viewBox="{view}" fill="currentColor" style="{style}" {said}>{rest}'
 
