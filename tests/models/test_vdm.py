@@ -19,7 +19,7 @@ GAMMA = jnp.linspace(-4.5, 0.5, 5)
 
 
 def test_the_papers_model_has_65_7_million_parameters():
-    shapes = jax.eval_shape(lambda: vdm.init(vdm.VDMConfig(), 0))  # nothing is allocated
+    shapes = jax.eval_shape(lambda: vdm.new_params(vdm.VDMConfig(), 0))  # nothing is allocated
     assert vdm.count(shapes) == pytest.approx(65.7e6, abs=0.05e6)
     assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
