@@ -390,14 +390,14 @@ def init(config: VDMConfig, seed: int) -> Params:
     return _init_program(config)(seed)
 
 
-#: For programs that draw initial weights. They run once, and compiling them with all optimisations takes XLA several
-#: times as long as with few (12 s against 3 s of a U-Net); the weights are the same to the bit.
-INIT_OPTIONS = {"xla_backend_optimization_level": 1}
+#: For programs that run once, such as those that draw initial weights: compiling them with all optimisations takes XLA
+#: several times as long as with few (12 s against 3 s for a U-Net), and the weights are the same to the bit.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
 
 
 @functools.cache
 def _init_program(config: VDMConfig) -> Any:
-    return jax.jit(functools.partial(new_params, config), compiler_options=INIT_OPTIONS)
+    return jax.jit(functools.partial(new_params, config), compiler_options=QUICK_TO_COMPILE)
 
 
 def partition(graph: nnx.GraphDef, params: Params) -> tuple[Params, Params]:

@@ -7,6 +7,7 @@ state gives the same losses as one that was never interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import sys
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from medvdm.errors import DivergedError
+from medvdm.models import vdm
 from medvdm.training.step import Metrics, StepFn, TrainState
 
 #: What one step is given: images and labels, on the devices that the step runs on.
@@ -102,7 +104,7 @@ class _Reports:
             self._log(number, values)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=vdm.QUICK_TO_COMPILE)
 def _finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 

@@ -419,5 +419,5 @@ def _program(model: vdm.VDMConfig, config: TrainConfig) -> Any:
 @functools.cache
 def _start_program(model: vdm.VDMConfig, config: TrainConfig, sharding: jax.sharding.Sharding | None) -> Any:
     return jax.jit(
-        functools.partial(init_state, model, config), out_shardings=sharding, compiler_options=vdm.INIT_OPTIONS
+        functools.partial(init_state, model, config), out_shardings=sharding, compiler_options=vdm.QUICK_TO_COMPILE
     )
