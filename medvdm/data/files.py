@@ -479,6 +479,8 @@ def _range_notes(
         least, most = min(one.values[0] for one in ones), max(one.values[1] for one in ones)
         if window is None and high - low < LITTLE:
             spread = f"; --window={least:g},{most:g} or --window percentile spreads them" if least < most else ""
+            if spread and len(kinds) > 1:
+                spread = f"; a window spreads files of one kind, so give each of the {len(kinds)} kinds a folder"
             notes.append(
                 f"{kind}: stored values from {least:g} to {most:g} use {high - low:.1%} of the files' range{whose}, so "
                 f"pictures are flat{spread}"

@@ -459,7 +459,10 @@ def _is_placeholder(patient: str | None) -> bool:
 def _matched(pattern: re.Pattern[str], name: str, folder: Path) -> str:
     match = pattern.search(name)
     if match is None or not match[1]:
-        raise DataError(f"{folder / name}: patient_pattern '{pattern.pattern}' finds no patient in '{name}'")
+        raise DataError(
+            f"{folder / name}: patient_pattern '{pattern.pattern}' finds no patient in '{name}'; expected a group that "
+            r"finds one in every name, as '(p\d+)_' does in 'p17_2.png'"
+        )
     return match[1]
 
 

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Num, PRNGKeyArray
 
+from medvdm.errors import InputError
 from medvdm.theory import gaussian
 from medvdm.theory.schedules import with_slope
 
@@ -175,6 +176,8 @@ def diffusion_loss(
 ) -> Float[Array, " n"]:
     """L_T or, with ``model.timesteps == 0``, L_infinity by one time and one draw of z_t per image; nats.
 
+    Raises InputError where ``model.eps_hat`` has another shape than z.
+
     Args:
         f: encodings.
         label: embedded labels, from ``model.embed``.
@@ -206,7 +209,10 @@ def _noise_errors(
             gamma_t, weight = gamma_t + probe.gamma, weight + probe.slope
     eps = jax.random.normal(key, f.shape)
     z_t = gaussian.diffuse(f, eps, gaussian.align(gamma_t, f))
-    return weight, (eps - model.eps_hat(z_t, model.condition(gamma_t, label))) ** 2
+    eps_hat = model.eps_hat(z_t, model.condition(gamma_t, label))
+    if eps_hat.shape != z_t.shape:  # the difference below would be broadcast
+        raise InputError(f"eps_hat: shape {eps_hat.shape}; expected that of z, {z_t.shape}")
+    return weight, (eps - eps_hat) ** 2
 
 
 def gradient_difference(x: Float[Array, "n h w c"], x_hat: Float[Array, "n h w c"]) -> Float[Array, " n"]:

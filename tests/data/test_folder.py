@@ -361,7 +361,8 @@ def test_little_range_of_a_part_is_noted(tmp_path):
     dark(tmp_path)
     put(tmp_path, *(f"B/{i}.png" for i in range(27)))
     data = folder.load(str(tmp_path), image_size=4)
-    assert [note.partition(":")[0] for note in data.notes if "of the files' range" in note] == ["16 bits"]
+    (note,) = (note for note in data.notes if "of the files' range" in note)
+    assert note.startswith("16 bits:") and "--window" not in note and "a folder" in note  # it would be refused
     refused(DataError, tmp_path, "one kind of stored values", window="0,4095", image_size=4)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
+from medvdm.errors import InputError
 from medvdm.theory import bound, gaussian, schedules
 
 S = 0.7
@@ -376,3 +377,16 @@ def test_independent_values_cost_their_own_information():
     assert error.max() < 0.2 and np.ptp(information) > 2
     # A gap is an average over the law's values. Of one value it is less than 0.1 nats here.
     assert (np.abs(by_time.mean(axis=0) - information) < 4.5 * error + 0.1).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 2), (3,)])
+def test_a_network_that_answers_in_another_shape_is_refused(shape):
+    """The difference from the noise would be broadcast, to a bound of something else."""
+
+    class Wrong(oracle.Isotropic):
+        def eps_hat(self, z, condition):
+            return jnp.zeros(shape)
+
+    model = Wrong(S, schedules.FixedLinear(-5.0, 5.0))
+    with pytest.raises(InputError, match=r"eps_hat: shape .* expected that of z, \(4, 3\)"):
+        bound.diffusion_loss(model, jnp.zeros((4, 3)), model.embed(None, n=4), jnp.linspace(0, 0.9, 4), KEY)
