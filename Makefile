@@ -15,10 +15,12 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=book/_tools/nbval
 
 # Two tests at a time, those of one file in one process, so what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-# Chapters share what was compiled for the same model. On CPUs most of their time is compiling, and a seventh of it is
-# saved without the fusion emitters, which changes rounding only. They see neither real images nor the long form.
+# Chapters share what was compiled for the same model. On CPUs most of their time is compiling, and nearly half of it is
+# saved without the fusion emitters and with few optimisations, which changes rounding only. They see neither real
+# images nor the long form.
 CACHE    := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0 \
+            XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
 CHAPTERS := env -u MEDVDM_DATA_DIR -u MEDVDM_BOOK $(CACHE)
 # The book from its stored outputs, in an empty folder: a second build does not repeat the warnings of the first.
 PAGES := rm -rf _build && $(BIN)/jupyter-book build . -W -n --keep-going -q && $(BIN)/python book/_tools/check_html.py $(HTML)
