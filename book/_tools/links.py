@@ -294,6 +294,8 @@ def draw_map(app: Sphinx, tree: nodes.document, docname: str) -> None:
             for other in needed:
                 if other not in pages or other >= number:
                     LOG.warning("chapter %s says that it needs chapter %s", number, other, location=pages[number])
+        # Without those just warned of, which could go in a circle.
+        needs = {number: [other for other in needed if other < number] for number, needed in needs.items()}
         place += nodes.raw("", _map_svg(app, docname, pages, needs), format="html")
 
 

@@ -4,7 +4,7 @@ The network sees the image in cells of p x p pixels (space to depth), so that it
 resolution, which is where a processor is fast. With :math:`v_t = \alpha_t^2 \lambda + \sigma_t^2`, it predicts
 
 .. math::
-    \hat\epsilon_c = \frac{\sigma_t z_t + \sqrt{\alpha_t^2 \lambda\, v_t}\; net_\epsilon(z_t, t)}{v_t}, \qquad
+    \hat\epsilon_c = \frac{\sigma_t z_t + \sqrt{\alpha_t^2 \lambda\, v_t}\; net_\epsilon(z_t, \gamma_t)}{v_t}, \qquad
     c = \frac{z_t - \sigma_t \hat\epsilon_c}{\alpha_t} .
 
 Where net is zero, as before the first step, this is the best denoiser that knows of an image nothing but the mean 0 and
