@@ -289,13 +289,13 @@ def draw_map(app: Sphinx, tree: nodes.document, docname: str) -> None:
             continue
         numbers = _chapter_numbers(app)
         pages = {number: doc for doc, number in numbers.items()}
-        needs = {number: _state(app.env)["needs"].get(doc, []) for doc, number in numbers.items()}
-        for number, needed in needs.items():
-            for other in needed:
-                if other not in pages or other >= number:
-                    LOG.warning("chapter %s says that it needs chapter %s", number, other, location=pages[number])
-        # Without those just warned of, which could go in a circle.
-        needs = {number: [other for other in needed if other < number] for number, needed in needs.items()}
+        needs: dict[int, list[int]] = {number: [] for number in pages}
+        for number, doc in pages.items():
+            for other in _state(app.env)["needs"].get(doc, []):
+                if other in pages and other < number:  # no arcs in a circle
+                    needs[number].append(other)
+                else:
+                    LOG.warning("chapter %s says that it needs chapter %s", number, other, location=doc)
         place += nodes.raw("", _map_svg(app, docname, pages, needs), format="html")
 
 
