@@ -36,6 +36,7 @@ _HOMES = {
     "inpaint": "runs.inpaint",
     "restore": "runs.inpaint",
     "audit": "runs.audit",
+    "audit_privacy": "runs.privacy",
     "bound": "runs.bound",
     "denoise": "runs.denoise",
     "score": "runs.score",

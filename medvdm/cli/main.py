@@ -7,6 +7,7 @@ errors to stderr. An error is one line; its exit code is 2 for what the user can
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -253,6 +254,13 @@ def _audit(argv: list[str]) -> int:
     from medvdm.cli.options import Audit
 
     args = parse(Audit, argv, "audit")
+    if args.privacy:
+        return _audit_privacy(args)
+    for name in ("samples", "train", "held_out", "patient_pattern", "image_size", "work"):
+        if (value := getattr(args, name)) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: {value}; used with --privacy only")
+    if args.run is None:
+        raise InputError("RUN: missing; expected the folder of the run")
 
     from medvdm.runs.audit import audit
     from medvdm.runs.run import load, load_data
@@ -263,6 +271,35 @@ def _audit(argv: list[str]) -> int:
     result = audit(run, data, args.audit)
     if first:
         print(json.dumps(result) if args.json else audit_table(result))
+    return 0
+
+
+def _audit_privacy(args: Any) -> int:
+    from medvdm.cli.tables import privacy_table
+    from medvdm.runs.config import SampleConfig, settings
+    from medvdm.runs.privacy import audit_folders, audit_privacy, read_folders
+    from medvdm.runs.run import load, load_data
+
+    if args.run is not None and args.work is not None:
+        raise InputError(f"--work: {args.work}; used without a run only, which keeps what is finished in its folder")
+    run = None if args.run is None else load(args.run, ema=args.ema, step=args.step)
+    size = args.image_size
+    if run is not None:
+        height, width, _ = run.config.model.image_shape
+        if size not in (None, height) or (height != width and (args.samples or args.train or args.held_out)):
+            raise InputError(f"--image-size: {size}; expected that of the run's images, {height}x{width}")
+        size = height if height == width else None
+    folders = read_folders(
+        args.samples, args.train, args.held_out, patient_pattern=args.patient_pattern, image_size=size
+    )
+    if run is None:
+        result = audit_folders(folders, args.privacy_settings, work=args.work)
+    else:
+        names = [f.name for f in dataclasses.fields(SampleConfig)]
+        sampling = settings(SampleConfig(), {name: getattr(args.audit, name) for name in names})
+        data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
+        result = audit_privacy(run, data, args.privacy_settings, sampling, folders=folders)
+    print(json.dumps(result) if args.json else privacy_table(result))
     return 0
 
 

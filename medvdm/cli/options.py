@@ -21,6 +21,7 @@ from medvdm.runs.config import (
     EvaluateConfig,
     InpaintConfig,
     KeepConfig,
+    PrivacyConfig,
     RunConfig,
     SampleConfig,
     ScoreConfig,
@@ -195,11 +196,31 @@ class Held(AuditConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Draw samples and hold them against real images: likeness, scales, grays, a classifier, nearest images."""
+    """Draw samples and hold them against real images: likeness, scales, grays, a classifier, nearest images.
 
-    run: RunFolder
+    With --privacy: what has the model kept of its training images? Copies among the samples, membership, canaries, and
+    what its files give away; of a model that is not ours, copies by folders of images.
+    """
+
+    run: Positional[Annotated[str | None, arg(metavar="RUN")]] = None
     """Folder of the run."""
+    privacy: bool = False
+    """Look for what the model has kept of its training images."""
     audit: Held = field(default_factory=Held)
+    privacy_settings: PrivacyConfig = field(default_factory=PrivacyConfig)
+    samples: Annotated[str | None, arg(metavar="DIR")] = None
+    """With --privacy: samples from a folder or an .npz file; by default drawn from the run."""
+    train: Annotated[str | None, arg(metavar="DIR")] = None
+    """With --privacy: training images from a folder; by default the run's."""
+    held_out: Annotated[str | None, arg(metavar="DIR")] = None
+    """With --privacy: images of other patients from the same source, for the threshold; by default the run's."""
+    patient_pattern: str | None = None
+    """Regular expression with one group, searched in the relative path, that gives the patient of the images in --train
+    and --held-out."""
+    image_size: int | None = None
+    """Height and width that images from folders are brought to; by default those of the training images."""
+    work: Annotated[str | None, arg(metavar="DIR")] = None
+    """Folder that keeps what is finished of a --privacy without a run, so that it can be interrupted."""
     data_dir: Annotated[str | None, arg(metavar="PATH")] = None
     """Where the images are now; by default where they were."""
     step: Step = None

@@ -200,6 +200,56 @@ def audit_table(r: dict[str, Any]) -> str:
     )
 
 
+def privacy_table(r: dict[str, Any]) -> str:
+    """The result of a privacy audit for people: numbers first, then what they say in words."""
+    low, high = r["false_alarm_interval"]
+    lines = [
+        f"{r['num_samples']:,} samples against {r['num_train']:,} training images; threshold from {r['num_held_out']:,} "
+        "images of other people",
+        f"  copies found               {r['num_copies']:>8,}",
+        f"  false alarms, held out     {100 * r['false_alarm_rate']:>8.1f} %   95 %: {100 * low:.1f} to {100 * high:.1f} %",
+        *([] if r["visits"] is None else [f"  second visits found        {100 * r['visits']:>8.1f} %"]),
+    ]
+    for one in r["copies"][:10]:
+        lines.append(
+            f"  {one['sample']}: {one['training_image']}, {one['score']:.3f} (threshold {one['threshold']:.3f})"
+        )
+    if len(r["copies"]) > 10:
+        lines.append(f"  and {len(r['copies']) - 10:,} more (--json lists all)")
+    lines += [
+        "controls: share found",
+        *(
+            f"  {name:<27}{100 * one['found']:>8.1f} %   {'as it should be' if one['behaved'] else 'NOT as it should be'}"
+            for name, one in r["controls"].items()
+        ),
+    ]
+    for title, one in _attacks(r):
+        tpr = "-" if one["tpr_at_1pct_fpr"] is None else f"{100 * one['tpr_at_1pct_fpr']:.1f} %"
+        interval = (
+            "too few patients" if one["auc_interval"] is None else "{:.2f} to {:.2f}".format(*one["auc_interval"])
+        )
+        lines.append(f"  {title:<27}{one['auc']:>8.2f}     95 %: {interval}; found at 1 % false alarms: {tpr}")
+    if r["canaries"]:
+        lines.append(
+            f"canaries: bits exposed (chance {r['canaries']['chance']:.1f}, at most {r['canaries']['most']:.1f})"
+        )
+        lines += [
+            f"  planted {row['copies']:>4} times         {row['exposure']:>8.1f}" for row in r["canaries"]["rows"]
+        ]
+    notes = [textwrap.fill(f"note: {note}", 86, subsequent_indent="  ") for note in r["notes"]]
+    words = [textwrap.fill(line, 86, initial_indent="- ", subsequent_indent="  ") for line in r["verdict"]]
+    return "\n".join([*lines, *notes, *words])
+
+
+def _attacks(r: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Membership by the headline attack: of images, and of persons by images of another day."""
+    found = r["membership"]
+    if not found:
+        return []
+    person = [("persons, by another day", found["person"])] if found.get("person") else []
+    return [("membership, AUC", found), *person]
+
+
 _SCORED = {"bits": "bits", "over_gaussian": "over Gauss."}
 
 

@@ -17,7 +17,7 @@ from medvdm.evaluation.audit import LEAST_IMAGES, LEAST_PATIENTS, Distances, Set
 from medvdm.models.vdm import Params
 from medvdm.runs.config import AuditConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card
-from medvdm.runs.run import Run, changed, load_data
+from medvdm.runs.run import Run, as_seen, changed, load_data
 from medvdm.runs.sample import check_seed, sample
 from medvdm.runs.store import AUDITS, check_writable, write_json
 from medvdm.training.devices import first_process, joined, own_parts
@@ -61,7 +61,7 @@ def audit(
     sets = audit_sets(run, data, config)
     held_out = sets.pop("held_out")
     space = Space(run.baselines.mean, run.baselines.components, run.baselines.variances)
-    nearest = nearest_training(sets, _as_seen(run, data), space)
+    nearest = nearest_training(sets, as_seen(run, data), space)
     result = {
         **run.provenance(
             seed=config.seed, steps_sampled=config.steps, label=list(config.label), guidance=config.guidance
@@ -111,7 +111,7 @@ def audit_sets(
     check_seed(seed)
     if data.fingerprint() != run.record["data"]["fingerprint"]:
         raise changed(run)
-    data = _as_seen(run, data)
+    data = as_seen(run, data)
     # Not training images: the components, which are a feature space of the audit, were fitted on those.
     held_out, other = data.indices(split), np.flatnonzero(data.splits == ("val" if split == "test" else "test"))
     if config.label:
@@ -165,11 +165,6 @@ def nearest_training(sets: dict[str, Set], data: ImageData, space: Space) -> dic
         name: Distances(*(np.min([getattr(one[name], field) for one in every], axis=0) for field in Distances._fields))
         for name in sets
     }
-
-
-def _as_seen(run: Run, data: ImageData) -> ImageData:
-    """The images as the run's model knows them: those of an 8-bit likelihood, and so its samples, are gray levels."""
-    return dataclasses.replace(data, reader=data.levels) if run.eight_bit else data
 
 
 def _decoded(run: Run, x: np.ndarray, config: AuditConfig) -> np.ndarray:

@@ -155,6 +155,33 @@ class AuditConfig(SampleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """How a model is audited for what it has kept of its training images."""
+
+    alarm: float = 0.01
+    """Chance that any of the samples of a model that has kept nothing is called a copy; it sets the threshold."""
+    images: int = 512
+    """Images of each group whose membership is attacked, at most."""
+    levels: int = 8
+    """Noise levels, spread evenly in gamma, at which the error of the denoiser is looked at."""
+    draws: int = 8
+    """Draws of noise per image, of the bound and at each level."""
+    secrets: int = 100
+    """Secrets that were not planted, with which each canary is compared."""
+    loss_batch: int = 32
+    """Images whose losses are computed at a time; it changes the speed and the memory only."""
+    audit_seed: int = 0
+    """Seed of the noise, of the folds and of the controls."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alarm < 1:
+            raise InputError(f"alarm: {self.alarm:g}; expected a chance between 0 and 1")
+        for name, least in (("images", 20), ("levels", 2), ("draws", 1), ("secrets", 20), ("loss_batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}: {getattr(self, name)}; expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiseConfig:
     """How noise is removed from images."""
 
@@ -212,6 +239,7 @@ Settings = TypeVar(
     SampleConfig,
     InpaintConfig,
     AuditConfig,
+    PrivacyConfig,
     BenchmarkConfig,
     DenoiseConfig,
     ScoreConfig,

@@ -15,7 +15,7 @@ from typing import Any
 from medvdm.errors import MedvdmError
 from medvdm.evaluation.audit import LEAST_IMAGES
 from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
-from medvdm.runs.store import AUDITS, CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
+from medvdm.runs.store import AUDITS, CARD, METRICS, PRIVACY, RESULTS, atomic, read_json, read_lines, read_record
 
 
 def renew_card(path: Path) -> None:
@@ -28,6 +28,7 @@ def renew_card(path: Path) -> None:
     last = steps[-1] if steps else None
     results, left_out = _readable(path / RESULTS, "vlb_bpd")
     audits, also_left_out = _readable(path / AUDITS, "samples")
+    privacy, of_privacy_left_out = _readable(path / PRIVACY, "verdict")
     write_card(
         path / CARD,
         {
@@ -39,7 +40,8 @@ def renew_card(path: Path) -> None:
             },
             "evaluations": results,
             "audits": audits,
-            "left_out": left_out + also_left_out,
+            "privacy": privacy,
+            "left_out": left_out + also_left_out + of_privacy_left_out,
         },
     )
 
@@ -91,6 +93,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one column of a
               table;
             * ``audits``: results of :func:`medvdm.runs.audit.audit`, each a table;
+            * ``privacy``: results of :func:`medvdm.runs.privacy.audit_privacy`, each said in words;
             * ``left_out``: names of result files that could not be read.
     """
     data = _part(record, "data")
@@ -99,6 +102,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _short(record, data),
         _results(record, data),
         *_audits(record),
+        _privacy(record),
         _USE,
         _limits(record, data),
         _data(data),
@@ -570,6 +574,25 @@ A column *decoded* is of held-out images through encoder and decoder, the best t
 error.
 Nothing here says whether a sample is anatomically right, and a large distance to the nearest training image is no
 proof that nothing was memorised."""
+
+
+def _privacy(record: Mapping[str, Any]) -> str:
+    """What privacy audits found, in their own words, or that there was none."""
+    audits = list(record.get("privacy") or ())
+    if not audits:
+        return (
+            "## What it kept of its training images\n\nNot audited (`medvdm audit RUN --privacy`): nothing is known of "
+            "whether a training image, or a patient, can be found in this model or in its samples."
+        )
+    text = "## What it kept of its training images"
+    for one in audits:
+        weights = {"ema": "averaged weights", "raw": "raw weights"}.get(one.get("weights"), "weights not recorded")
+        text += (
+            f"\n\n{_count(one.get('num_samples'))} samples of step {_count(one.get('step'))}, {weights}, against"
+            f" {_count(one.get('num_train'))} training images and {_count(one.get('num_held_out'))} of other people:\n\n"
+            + _bullets(_inline(line) for line in one.get("verdict") or ())
+        )
+    return text
 
 
 _MARKS = f"""## Marks on its samples

@@ -207,6 +207,11 @@ def load_data(
     return replace(data, notes=(*data.notes, f"brought to the run's {height}x{width} pixels, fit '{settings.fit}'"))
 
 
+def as_seen(run: Run, data: ImageData) -> ImageData:
+    """The images as the run's model knows them: those of an 8-bit likelihood, and so its samples, are gray levels."""
+    return replace(data, reader=data.levels) if run.eight_bit else data
+
+
 def changed(run: Run) -> RunError:
     """The error for data that are no longer what the run was trained on."""
     return RunError(f"{run.path}: the data is no longer what the run was trained on (names, labels or pixels differ)")

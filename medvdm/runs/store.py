@@ -10,6 +10,7 @@
 ``evaluations.jsonl``  one line per held-out evaluation during training
 ``results/``           one JSON per ``evaluate`` call
 ``audits/``            one JSON per ``audit`` call
+``privacy/``           one JSON per ``audit --privacy`` call, and what an unfinished one has kept
 ``held_out/``          what ``score`` has measured on validation images, one JSON per setting
 ``MODEL_CARD.md``      the model card, made from the files above
 ``.lock``              there while a process trains into the folder
@@ -71,7 +72,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
 CONFIG, BASELINES, GAUSSIAN = "config.json", "baselines.npz", "gaussian.npz"
 CHECKPOINTS, BEST = "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
-AUDITS, HELD_OUT, LOCK = "audits", "held_out", ".lock"
+AUDITS, PRIVACY, HELD_OUT, LOCK = "audits", "privacy", "held_out", ".lock"
 
 
 def check_writable(folder: Path) -> None:

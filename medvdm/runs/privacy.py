@@ -1,0 +1,376 @@
+"""Audit what a model has kept of its training images: of a run, or of any model by folders of images.
+
+Four questions, each with its own numbers and its own controls:
+
+* **copies**: are samples nearer to a training image than images of other people get
+  (:mod:`medvdm.evaluation.privacy.copies`)?
+* **membership**: can somebody who holds the weights tell training images, or training patients, from others
+  (:mod:`medvdm.evaluation.privacy.membership`)?
+* **canaries**: were secrets learned that were planted for this (:mod:`medvdm.evaluation.privacy.canaries`)?
+* **published**: what do the files of the run give away by themselves
+  (:mod:`medvdm.evaluation.privacy.published`)?
+
+Nothing here certifies anything: a test that finds nothing has found nothing.
+
+Each part that is finished is kept in a folder (``privacy/.parts-...`` in the run's, or ``--work``), so an audit that
+was killed goes on where it was. The folder goes away when the result is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from medvdm import data as data_
+from medvdm.data import DataConfig, ImageData, planted
+from medvdm.errors import InputError
+from medvdm.evaluation.privacy import canaries, controls, membership, published, verdict
+from medvdm.evaluation.privacy.copies import Keep, Shelf, audit_copies
+from medvdm.paths import local_path
+from medvdm.runs.config import PrivacyConfig, SampleConfig, settings
+from medvdm.runs.model_card import renew_card
+from medvdm.runs.record import version
+from medvdm.runs.run import Run, as_seen, changed, load_data
+from medvdm.runs.sample import sample
+from medvdm.runs.store import PRIVACY, atomic, check_writable, write_json
+
+DEFAULTS, SAMPLING = PrivacyConfig(), SampleConfig(num=256)
+PART = 256  #: images whose losses are computed, and kept, at a time
+
+
+def audit_privacy(
+    run: Run,
+    data: ImageData | None = None,
+    config: PrivacyConfig = DEFAULTS,
+    sampling: SampleConfig = SAMPLING,
+    *,
+    save: bool = True,
+    folders: Folders | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Audit a run for privacy: copies among its samples, membership, canaries, and what its files give away.
+
+    Held-out images are those of the validation and test patients. Where images of training patients were withheld
+    (``DataConfig.withhold``), they are the third group, which tells memory of a person from memory of an image.
+
+    Args:
+        run: from :func:`medvdm.load`.
+        data: the run's own data, where it has to be given again; loaded if None.
+        config: the settings of the audit.
+        sampling: how samples are drawn, and how many.
+        save: also write the result into the run's folder, under ``privacy/``, and renew its model card.
+        folders: samples, training and held-out images from elsewhere instead of the run's.
+        changes: settings of either by name.
+
+    Returns:
+        JSON-ready: the keys of :func:`medvdm.evaluation.privacy.copies.audit_copies` (``num_samples``, ``num_copies``,
+        ``copies``, ``false_alarm_rate``, ...), ``membership``, ``canaries`` (None without any), ``published``,
+        ``controls``, ``verdict`` (lines of text), ``notes``, and where the samples come from.
+
+    Raises:
+        InputError: an unknown setting, or too few images to calibrate on.
+        RunError: data that the run was not trained on.
+    """
+    names = {f.name for f in dataclasses.fields(PrivacyConfig)}
+    config = settings(config, {k: v for k, v in changes.items() if k in names})
+    sampling = settings(sampling, {k: v for k, v in changes.items() if k not in names})
+    if jax.process_count() > 1:
+        raise InputError(f"num_processes: {jax.process_count()}; expected 1 for a privacy audit")
+    if save:
+        check_writable(run.path / PRIVACY)
+    own = folders is None or folders.train is None
+    data = load_data(run) if data is None and own else data
+    if data is not None and data.fingerprint() != run.record["data"]["fingerprint"]:
+        raise changed(run)
+    about = run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config))
+    with _parts(run.path / PRIVACY if save else None, about) as keep:
+        train, held_out, other_day = _groups(run, data, folders)
+        samples = (
+            folders.samples if folders is not None and folders.samples is not None else _drawn(run, sampling, keep)
+        )
+        result = _copies(samples, train, held_out, config, keep)
+        result["membership"] = _membership(run, train, held_out, other_day, config, keep)
+        result["canaries"] = _canaries(run, config, keep) if own else None
+        result["published"] = _published(run, train, held_out, config)
+    result = {**run.provenance(), "sampling": dataclasses.asdict(sampling), **_finished(result, config)}
+    if save:
+        (run.path / PRIVACY).mkdir(exist_ok=True)
+        name = f"{run.step}-{run.weights}-{len(samples)}x{sampling.steps}-seed{sampling.seed}"
+        write_json(run.path / PRIVACY / f"{name}.json", result)
+        renew_card(run.path)
+    return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Images from folders (or of samples an .npz file), for a model that is not ours. See :func:`read_folders`."""
+
+    samples: Shelf | None = None
+    train: Shelf | None = None
+    held_out: Shelf | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_folders(
+    samples: str | None,
+    train: str | None,
+    held_out: str | None,
+    *,
+    patient_pattern: str | None = None,
+    image_size: int | None = None,
+) -> Folders:
+    """The images of an audit by folders, each as :mod:`medvdm.data.folder` reads them, whatever its sub-folders say.
+
+    Samples and held-out images are brought to the size of the training images, which is noted.
+
+    Args:
+        samples: folder of samples, or an .npz file with ``images``.
+        train: folder of training images.
+        held_out: folder of images of other patients from the same source, which the threshold is calibrated on.
+        patient_pattern: regular expression with one group that gives the patient from the relative path, for training
+            and held-out images.
+        image_size: height and width that all are brought to.
+
+    Raises:
+        as :func:`medvdm.data.load`.
+    """
+    notes: list[str] = []
+
+    def shelf(what: str, place: str | None, pattern: str | None, size: int | None) -> Shelf | None:
+        if place is None:
+            return None
+        if what == "samples" and place.endswith(".npz"):
+            found = _archive(local_path(place, what))
+        else:
+            found = data_.load(DataConfig(data="folder", data_dir=place, patient_pattern=pattern, image_size=size))
+        notes.extend(f"{what}: {note}" for note in found.notes)
+        return Shelf.from_data(found, np.arange(len(found)))
+
+    of_train = shelf("train", train, patient_pattern, image_size)
+    if of_train is not None and image_size is None:
+        height, width, _ = of_train.read(np.arange(1)).shape[1:]
+        image_size = height if height == width else None
+    return Folders(
+        samples=shelf("samples", samples, None, image_size),
+        train=of_train,
+        held_out=shelf("held_out", held_out, patient_pattern, image_size),
+        notes=tuple(notes),
+    )
+
+
+def audit_folders(
+    folders: Folders, config: PrivacyConfig = DEFAULTS, *, work: str | Path | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Audit samples of any model for copies of its training images.
+
+    Args:
+        folders: from :func:`read_folders`, all three given.
+        config: the settings.
+        work: folder that keeps what is finished, for an audit that may be interrupted.
+        changes: settings by name.
+
+    Returns:
+        The keys of :func:`medvdm.evaluation.privacy.copies.audit_copies`, ``controls``, ``verdict`` and ``notes``.
+
+    Raises:
+        InputError: a folder is not named, or as ``audit_copies``.
+    """
+    config = settings(config, changes)
+    for name in ("samples", "train", "held_out"):
+        if getattr(folders, name) is None:
+            raise InputError(f"{name}: missing; expected a folder of images, since there is no run to take them from")
+    about = {name: _digest(getattr(folders, name)) for name in ("samples", "train", "held_out")}
+    about |= dataclasses.asdict(config)
+    with _parts(None if work is None else local_path(work, "work"), about) as keep:
+        result = _copies(folders.samples, folders.train, folders.held_out, config, keep)
+    result |= {"membership": None, "canaries": None, "published": None}
+    result["notes"] = [*folders.notes, *result["notes"], "no run: membership cannot be attacked without the weights"]
+    return _finished(result, config)
+
+
+# --- The parts ----------------------------------------------------------------------------------------------------
+
+
+def _copies(samples: Shelf, train: Shelf, held_out: Shelf, config: PrivacyConfig, keep: Keep) -> dict[str, Any]:
+    result = audit_copies(samples, train, held_out, keep=keep, alarm=config.alarm, seed=config.audit_seed)
+    result["controls"] = controls.run_controls(train, held_out, keep=keep, alarm=config.alarm, seed=config.audit_seed)
+    return result
+
+
+def _groups(run: Run, data: ImageData | None, folders: Folders | None) -> tuple[Shelf, Shelf, Shelf | None]:
+    """Training images, held-out images, and other images of training patients, as the run's model knows them."""
+    given = Folders() if folders is None else folders
+    train, held_out, other_day = given.train, given.held_out, None
+    if data is not None:
+        seen = as_seen(run, data)
+        if train is None:
+            real = ~planted.is_canary(data)
+            train = Shelf.from_data(seen, np.flatnonzero((data.splits == "train") & real))
+            withheld = planted.withheld(run.config.data) if run.config.data.withhold else None
+            if withheld is not None and len(withheld):
+                other_day = Shelf.from_data(as_seen(run, withheld), np.arange(len(withheld)))
+        if held_out is None:
+            held_out = Shelf.from_data(seen, np.flatnonzero(data.splits != "train"))
+    return train, held_out, other_day
+
+
+def _drawn(run: Run, sampling: SampleConfig, keep: Keep) -> Shelf:
+    """Samples of the run, drawn and kept batch by batch; sample i of a seed is the same however many are drawn."""
+    images = keep("samples", lambda: {"images": sample(run, config=sampling).images})["images"]
+    return Shelf.from_arrays(images, names=[f"sample {i}" for i in range(len(images))])
+
+
+def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: PrivacyConfig, keep: Keep) -> Any:
+    """(n,) bound and (L, n) errors at each noise level, part by part."""
+    gammas = np.linspace(*_ends(run), config.levels)
+    found = []
+    for start in range(0, len(rows), PART):
+        part = rows[start : start + PART]
+
+        def compute(part: np.ndarray = part) -> dict[str, np.ndarray]:
+            images = _for_model(run, shelf.read(part))
+            more = {"draws": config.draws, "seed": config.audit_seed, "batch_size": config.loss_batch}
+            return {
+                "bound": membership.bounds(run.graph, run.params, images, **more),
+                "levels": membership.level_losses(run.graph, run.params, images, gammas=gammas, **more),
+            }
+
+        found.append(keep(f"losses-{name}-{start}", compute))
+    return {key: np.concatenate([one[key] for one in found], axis=-1) for key in ("bound", "levels")}
+
+
+def _ends(run: Run) -> tuple[float, float]:
+    """gamma at t = 0 and t = 1 of the run's schedule."""
+    return tuple(float(g) for g in np.asarray(run.model.gamma(np.array([0.0, 1.0], np.float32))))
+
+
+def _for_model(run: Run, images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] as the model takes them."""
+    return np.rint(images * 255).astype(np.uint8) if run.eight_bit else images
+
+
+def _membership(
+    run: Run, train: Shelf, held_out: Shelf, other_day: Shelf | None, config: PrivacyConfig, keep: Keep
+) -> dict[str, Any]:
+    run.require_trained(null=True)
+    groups = {"member": train, "held_out": held_out, "other_day": other_day}
+    losses, group, patients = [], [], []
+    for name, shelf in groups.items():
+        if shelf is None or not len(shelf):
+            continue
+        rows = np.rint(np.linspace(0, len(shelf) - 1, min(config.images, len(shelf)))).astype(int)
+        losses.append(_losses(run, shelf, rows, name, config, keep))
+        group += [name] * len(rows)
+        patients += list(shelf.patients[rows])
+    return membership.membership(
+        np.concatenate([one["levels"] for one in losses], axis=-1),
+        np.concatenate([one["bound"] for one in losses]),
+        np.array(group),
+        np.array(patients),
+        seed=config.audit_seed,
+    )
+
+
+def _canaries(run: Run, config: PrivacyConfig, keep: Keep) -> dict[str, Any] | None:
+    """Exposure of the canaries that the run was trained with; None without any."""
+    number, shape, seed = run.config.data.canaries, run.config.model.image_shape, run.config.data.data_seed
+    if not number:
+        return None
+    copies = np.resize(planted.copies_of(run.config.data.canary_copies), number)
+    losses = []
+    for i in range(number):
+
+        def compute(i: int = i) -> dict[str, np.ndarray]:
+            images = np.concatenate(
+                [planted.canary(i, shape, seed)[None], planted.references(i, config.secrets, shape, seed)]
+            )
+            more = {"draws": config.draws, "seed": config.audit_seed, "batch_size": config.loss_batch}
+            return {"bound": membership.bounds(run.graph, run.params, _for_model(run, images), **more)}
+
+        losses.append(keep(f"canary-{i}", compute)["bound"])
+    every = np.stack(losses)
+    return canaries.summary(copies, every[:, 0], every[:, 1:])
+
+
+def _published(run: Run, train: Shelf, held_out: Shelf, config: PrivacyConfig) -> dict[str, Any]:
+    """What mean image and components give away, of the baselines' file and of a model that holds some itself."""
+    spaces = {"baselines.npz": (run.baselines.mean, run.baselines.components, run.baselines.variances)}
+    if "basis" in run.params:
+        spaces["weights"] = tuple(np.asarray(run.params["basis"][name]) for name in ("mean", "components", "variances"))
+    rows = [np.rint(np.linspace(0, len(s) - 1, min(config.images, len(s)))).astype(int) for s in (train, held_out)]
+    images = [shelf.read(r) for shelf, r in zip((train, held_out), rows, strict=True)]
+    patients = [shelf.patients[r] for shelf, r in zip((train, held_out), rows, strict=True)]
+    return {name: published.audit(*images, *patients, *space, seed=config.audit_seed) for name, space in spaces.items()}
+
+
+def _finished(result: dict[str, Any], config: PrivacyConfig) -> dict[str, Any]:
+    """With the settings, the alarms and the verdict."""
+    return {
+        "version": version(),
+        "settings": dataclasses.asdict(config),
+        **result,
+        "alarms": verdict.alarms(result),
+        "verdict": verdict.words(result),
+    }
+
+
+# --- What is kept on the way --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _parts(folder: Path | None, about: dict[str, Any]) -> Iterator[Keep]:
+    """Keeps each part's arrays until the audit is through; a folder that ``about`` names, so parts of others are not
+    taken. Without a folder they are kept nowhere beyond the audit."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield _keeper(Path(temporary))
+        return
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / f".parts-{key}"
+    parts.mkdir(exist_ok=True)
+    yield _keeper(parts)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _keeper(folder: Path) -> Keep:
+    def keep(name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        path = folder / f"{name}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                return dict(kept)
+        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
+            pass  # not there, or damaged: once more
+        found = compute()
+        with atomic(path) as file:
+            np.savez(file, **found)
+        return found
+
+    return keep
+
+
+def _archive(path: Path) -> ImageData:
+    """Images of an .npz file as :func:`medvdm.runs.provenance.write_samples` writes it."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            images = found["images"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as problem:
+        raise InputError(f"samples: {path}: {problem}; expected an .npz file with 'images'") from None
+    return data_.from_arrays(images, name="samples")
+
+
+def _digest(shelf: Shelf) -> str:
+    """A short hash of a shelf's names and of a few of its images."""
+    some = shelf.read(np.unique(np.linspace(0, len(shelf) - 1, 16).astype(int)))
+    return hashlib.sha256(json.dumps([list(map(str, shelf.names))]).encode() + some.tobytes()).hexdigest()[:16]
