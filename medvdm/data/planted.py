@@ -134,11 +134,11 @@ def withheld(config: DataConfig) -> ImageData:
 
 def take(data: ImageData, rows: np.ndarray) -> ImageData:
     """The images at some positions (n,), each with its name, labels, patient, split and digest."""
-    rows = np.asarray(rows, np.int64)
+    rows, of_all = np.asarray(rows, np.int64), data.digests
 
-    def digests() -> tuple[bytes, ...]:
-        of_all = data.digests()
-        return tuple(of_all[i] for i in rows)
+    def of_rows() -> tuple[bytes, ...]:
+        digests = of_all()
+        return tuple(digests[i] for i in rows)
 
     return replace(
         data,
@@ -147,7 +147,7 @@ def take(data: ImageData, rows: np.ndarray) -> ImageData:
         patients=data.patients[rows],
         splits=data.splits[rows],
         reader=lambda indices: data.reader(rows[indices]),
-        digests=lambda: tuple(_digests(data)[i] for i in rows) if data.digests else None,
+        digests=of_rows if of_all is not None else None,
     )
 
 
