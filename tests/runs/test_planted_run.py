@@ -63,7 +63,7 @@ def test_images_from_python_that_lack_the_canaries_are_refused(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_images_from_python_are_planted_by_hand(tmp_path: Path) -> None:
+def test_data_loaded_by_name_may_be_given_from_python(tmp_path: Path) -> None:
     config = tiny.config(steps=1, canaries=2, withhold=1)
     data = data_.load(config.data)
     run = medvdm.fit(config, tmp_path / "run", data=data, progress=False)
