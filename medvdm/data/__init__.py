@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from medvdm.data import planted
 from medvdm.data.arrays import from_arrays
 from medvdm.data.base import SPLITS, ImageData, Reading, index_of, split_of_patient
 from medvdm.errors import InputError, nearest
@@ -46,7 +47,15 @@ class DataConfig:
     num_images: int = 2800
     """Number of images (phantom only)."""
     data_seed: int = 0
-    """Seed of the images (phantom only)."""
+    """Seed of the images (phantom), of which are withheld, and of the canaries."""
+    visits: int = 2
+    """Images of each patient (phantom only)."""
+    withhold: int = 0
+    """Training patients of whom one image is left out of training, for a privacy audit."""
+    canaries: int = 0
+    """Synthetic X-rays with a secret that are added to the training images, for a privacy audit."""
+    canary_copies: str = "1"
+    """How often canaries are added, as numbers in turn (1,2,4)."""
     patient_pattern: str | None = None
     """Regular expression with one group, searched in the relative path, that gives the patient (folder only)."""
     window: str = "full"
@@ -64,14 +73,14 @@ def load(config: DataConfig) -> ImageData:
     """Load the images that ``config`` describes.
 
     Raises:
-        InputError: unknown source, or a setting that it cannot use.
+        InputError: unknown source, a setting that it cannot use, or images too small for canaries.
         MissingFileError, DataError, MissingPackageError: see the source's own ``load``.
     """
     loaders = _loaders()
     if config.data not in loaders:
         raise InputError(f"data: '{config.data}'; {nearest(config.data, loaders)}")
     _check(config)
-    return loaders[config.data](config)
+    return planted.apply(loaders[config.data](config), config)
 
 
 def example_images(*, image_size: int = 64, num_images: int = 2800) -> ImageData:
@@ -110,6 +119,13 @@ def _check(config: DataConfig) -> None:
         raise InputError(f"patient_pattern: '{config.patient_pattern}'; used by --data folder only, not {config.data}")
     if config.window != "full" and config.data != "folder":
         raise InputError(f"window: '{config.window}'; used by --data folder only, not {config.data}")
+    if config.visits != 2 and config.data != "phantom":
+        raise InputError(f"visits: {config.visits}; used by --data phantom only, not {config.data}")
+    if config.withhold < 0:
+        raise InputError(f"withhold: {config.withhold}; expected 0 or more patients")
+    planted.copies_of(config.canaries, config.canary_copies)
+    if config.canary_copies != "1" and not config.canaries:
+        raise InputError(f"canary_copies: '{config.canary_copies}'; used with canaries only (--canaries N)")
 
 
 def _loaders() -> dict[str, Callable[[DataConfig], ImageData]]:
@@ -124,7 +140,9 @@ def _loaders() -> dict[str, Callable[[DataConfig], ImageData]]:
 def _phantom(config: DataConfig) -> ImageData:
     from medvdm.data import phantom
 
-    return phantom.load(num_images=config.num_images, image_size=config.image_size, seed=config.data_seed)
+    return phantom.load(
+        num_images=config.num_images, image_size=config.image_size, seed=config.data_seed, visits=config.visits
+    )
 
 
 def _nih(config: DataConfig) -> ImageData:

@@ -27,7 +27,7 @@ CLASS_NAMES = ("No Finding", "Pneumonia")
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 MAX_OPACITIES = 3
-VISITS = 2  # images per patient
+VISITS = 2  # images per patient, unless a call asks for others
 DRAWING = 1  # enters the fingerprint; to be raised by whoever changes what is drawn
 CACHE_BYTES = 256 * 2**20
 
@@ -35,7 +35,7 @@ _DRAWN_AT_LEAST = 48  # smaller images are drawn larger and averaged: ribs 3 pix
 _CHUNK_PIXELS = (
     32 * 64 * 64
 )  # what a thread draws at a time: fewer calls of numpy when larger, fewer cache misses when smaller
-_PATIENT_STREAM, _IMAGE_STREAM = 0, 1
+_PATIENT_STREAM, _IMAGE_STREAM = 0, 1  # and 2, 3, ... of the third and later visits
 _WARP_CELLS, _MOTTLE_CELLS, _GRAIN_CELLS = 6, 11, 40  # grid points a side of the three smooth random fields
 
 
@@ -43,11 +43,11 @@ _WARP_CELLS, _MOTTLE_CELLS, _GRAIN_CELLS = 6, 11, 40  # grid points a side of th
 class PhantomFactors:
     """What an image was drawn from: one row per image; lengths are fractions of the image's side.
 
-    The first block belongs to the patient and is the same at both visits; the second to the image. Anatomical
+    The first block belongs to the patient and is the same at all visits; the second to the image. Anatomical
     lengths are given before ``zoom``. Positions of opacities are in the image: x to the right, y down, from 0 to 1.
 
     Attributes:
-        patient: (n,) int, index // 2.
+        patient: (n,) int, index // visits.
         thorax_width: (n,) widest distance between the inner edges of the rib cage.
         lung_height: (n,) from the apex of the lung to the top of the right dome, at full inspiration.
         lung_top: (n,) y of the apex of the lungs.
@@ -126,26 +126,36 @@ class PhantomFactors:
 
 
 def render(
-    indices: np.ndarray, *, size: int = 64, seed: int = 0, changes: Mapping[str, np.ndarray] | None = None
+    indices: np.ndarray,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    visits: int = VISITS,
+    changes: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, PhantomFactors]:
     """Draw the images with these indices.
 
     Args:
-        indices: (n,) integers of 0 or more; 2 p and 2 p + 1 are the two visits of patient p.
+        indices: (n,) integers of 0 or more; i is visit i % visits of patient i // visits.
         size: pixels a side, 8 to 1024.
         seed: 0 or more; another seed is another set of patients.
+        visits: images of each patient, 1 or more: one anatomy on other days, so another pose, inspiration, exposure
+            and opacities.
         changes: factors to replace, by name, one value per image; all others and the noise stay as they are.
 
     Returns:
-        float32 of shape (n, size, size, 1) in [0, 1], and the factors. An image depends on (seed, index, size)
-        alone: it is the same to the last bit in every batch. Its factors do not depend on the size either.
+        float32 of shape (n, size, size, 1) in [0, 1], and the factors. An image depends on (seed, patient, visit,
+        size) alone: it is the same to the last bit in every batch, and whatever ``visits`` is. Its factors do not
+        depend on the size either.
 
     Raises:
         InputTypeError: indices that are not integers.
-        InputError: a negative index or seed; a size outside 8 to 1024; an unknown factor, or not a value per image.
+        InputError: a negative index or seed; a size outside 8 to 1024; visits below 1; an unknown factor, or not a
+            value per image.
     """
     _check_size(size, "size")
     _check_seed(seed)
+    _check_visits(visits)
     indices = np.asarray(indices)
     if indices.ndim != 1:
         raise InputError(f"indices: shape {indices.shape}; expected one dimension")
@@ -155,7 +165,7 @@ def render(
         raise InputError(f"indices: {int(indices.min())}; expected 0 or more")
     indices = indices.astype(np.int64)
     images = np.empty((len(indices), size, size, 1), np.float32)
-    factors, generators = _draw_factors(indices, seed)
+    factors, generators = _draw_factors(indices, seed, visits)
     factors = _changed(factors, changes or {})
     step = max(1, _CHUNK_PIXELS // size**2)
 
@@ -204,8 +214,8 @@ def costophrenic_angles(factors: PhantomFactors) -> np.ndarray:
     return np.stack(angles, axis=1)
 
 
-def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0) -> ImageData:
-    """The phantom as a data set: two visits of each patient, about half of the images with pneumonia.
+def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0, visits: int = VISITS) -> ImageData:
+    """The phantom as a data set: some visits of each patient, about half of the images with pneumonia.
 
     Nothing is drawn until the first read. If all images together take at most 256 MiB, the first read draws all
     of them and keeps them; otherwise each read draws what it is asked for. The values are the same.
@@ -214,6 +224,7 @@ def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0
         num_images: 1 or more.
         image_size: pixels a side, 8 to 1024; None is 64.
         seed: 0 or more.
+        visits: images of each patient, 1 or more, see :func:`render`.
 
     Raises:
         InputError: an argument outside these ranges.
@@ -221,34 +232,44 @@ def load(*, num_images: int = 2800, image_size: int | None = None, seed: int = 0
     size = 64 if image_size is None else image_size
     _check_size(size, "image_size")
     _check_seed(seed)
+    _check_visits(visits)
     if num_images < 1:
         raise InputError(f"num_images: {num_images}; expected 1 or more")
-    factors, _ = _draw_factors(np.arange(num_images), seed)
+    factors, _ = _draw_factors(np.arange(num_images), seed, visits)
     patients = np.array([str(p) for p in factors.patient])
     return ImageData(
         name="phantom",
         origin=f"procedural chest radiographs drawn by medvdm (seed {seed}); no real patient",
-        ids=tuple(f"phantom-{seed}-{i:06d}" for i in range(num_images)),
+        ids=tuple(_name(seed, visits, i) for i in range(num_images)),
         labels=np.eye(len(CLASS_NAMES), dtype=np.uint8)[factors.label],
         class_names=CLASS_NAMES,
         patients=patients,
         splits=np.array([split_of_patient(p) for p in patients]),
         split_rule="sha256 of the patient, mod 10: 0 and 1 test, 2 validation, the rest training",
         image_shape=(size, size, 1),
-        reader=_reader(num_images, size, seed),
+        reader=_reader(num_images, size, seed, visits),
         notes=("drawn, not measured: shapes and grey levels resemble a radiograph, no finding in it is real",),
         reading=Reading(seen=num_images, read=num_images, rounded_from=("drawn as float32",)),
-        digests=lambda: _digests(num_images, size, seed),
+        digests=lambda: _digests(num_images, size, seed, visits),
     )
 
 
-def _digests(num_images: int, size: int, seed: int) -> tuple[bytes, ...]:
+def _name(seed: int, visits: int, index: int) -> str:
+    """The image's id; with other visits than two an index is another image, so it has another name."""
+    if visits == VISITS:
+        return f"phantom-{seed}-{index:06d}"
+    return f"phantom-{seed}-patient-{index // visits:06d}-visit-{index % visits}"
+
+
+def _digests(num_images: int, size: int, seed: int, visits: int) -> tuple[bytes, ...]:
     """One per image, of what it is drawn from: floats may differ in the last digit from machine to machine."""
     drawn_from = f"phantom {DRAWING} size {size} seed {seed} image"
-    return tuple(hashlib.blake2b(f"{drawn_from} {i}".encode(), digest_size=16).digest() for i in range(num_images))
+    streams = (_image_stream(i // visits, i % visits) for i in range(num_images))
+    texts = (f"{drawn_from} {n}" if s == _IMAGE_STREAM else f"{drawn_from} {s} {n}" for s, n in streams)
+    return tuple(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
 
 
-def _reader(num_images: int, size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def _reader(num_images: int, size: int, seed: int, visits: int) -> Callable[[np.ndarray], np.ndarray]:
     """The function that ``ImageData`` reads with; see :func:`load` for what it keeps."""
     keep = num_images * size * size * 4 <= CACHE_BYTES
     lock = threading.Lock()
@@ -258,10 +279,10 @@ def _reader(num_images: int, size: int, seed: int) -> Callable[[np.ndarray], np.
         if indices.size and not (indices.min() >= 0 and indices.max() < num_images):
             raise InputError(f"indices: {indices.min()} to {indices.max()}; expected 0 to {num_images - 1}")
         if not keep:
-            return render(indices, size=size, seed=seed)[0]
+            return render(indices, size=size, seed=seed, visits=visits)[0]
         with lock:  # two threads that read first would both draw everything
             if not kept:
-                kept.append(render(np.arange(num_images), size=size, seed=seed)[0])
+                kept.append(render(np.arange(num_images), size=size, seed=seed, visits=visits)[0])
         return kept[0][indices]
 
     return read
@@ -277,6 +298,11 @@ def _check_seed(seed: int) -> None:
         raise InputError(f"seed: {seed}; expected 0 or more")
 
 
+def _check_visits(visits: int) -> None:
+    if visits < 1:
+        raise InputError(f"visits: {visits}; expected 1 or more")
+
+
 # --- Factors -----------------------------------------------------------------------------------------------------
 
 
@@ -288,10 +314,12 @@ class _Generators:
     image: np.random.Generator
 
 
-def _draw_factors(indices: np.ndarray, seed: int) -> tuple[PhantomFactors, list[_Generators]]:
+def _draw_factors(indices: np.ndarray, seed: int, visits: int) -> tuple[PhantomFactors, list[_Generators]]:
     """Draw the factors of images; what the generators give next are the images' random fields."""
     generators = [
-        _Generators(_generator(seed, _PATIENT_STREAM, i // VISITS), _generator(seed, _IMAGE_STREAM, i))
+        _Generators(
+            _generator(seed, _PATIENT_STREAM, i // visits), _generator(seed, *_image_stream(i // visits, i % visits))
+        )
         for i in indices.tolist()
     ]
     # One row of uniforms an image, then columns at a time. A new factor takes a new column at the end: the
@@ -301,8 +329,13 @@ def _draw_factors(indices: np.ndarray, seed: int) -> tuple[PhantomFactors, list[
     anatomy = _draw_anatomy(of_patient)
     acquisition = _draw_acquisition(of_image[:24])
     opacities = _draw_opacities(of_image[24:], anatomy, acquisition)
-    factors = PhantomFactors(patient=indices // VISITS, index=indices, **anatomy, **acquisition, **opacities)
+    factors = PhantomFactors(patient=indices // visits, index=indices, **anatomy, **acquisition, **opacities)
     return factors, generators
+
+
+def _image_stream(patient: int, visit: int) -> tuple[int, int]:
+    """The stream of a visit, and its number there: a later visit has a stream of its own, so it moves no other."""
+    return (_IMAGE_STREAM, VISITS * patient + visit) if visit < VISITS else (visit, patient)
 
 
 def _generator(seed: int, stream: int, number: int) -> np.random.Generator:

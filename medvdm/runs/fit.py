@@ -22,6 +22,7 @@ import numpy as np
 
 from medvdm import data as data_
 from medvdm.data import ImageData
+from medvdm.data.planted import check_given
 from medvdm.errors import DivergedError, InputError, RunError, StoppedError
 from medvdm.evaluation import baselines, gaussian_images
 from medvdm.evaluation.components import check_components, principal_components
@@ -89,6 +90,7 @@ def fit(
     if data is None:
         data = data_.load(config.data)
     else:
+        check_given(data, config.data)
         config = replace(config, data=replace(config.data, data=data.name))
     config = fill_in(config, data)
     layout = Layout(config.training.batch_size)

@@ -120,6 +120,8 @@ def test_chunks_and_threads_do_not_change_values(monkeypatch: pytest.MonkeyPatch
         (lambda: load(num_images=0), "num_images: 0; expected 1 or more"),
         (lambda: load(image_size=4), "image_size: 4; expected 8 to 1024"),
         (lambda: load(seed=-3), "seed: -3; expected 0 or more"),
+        (lambda: load(visits=0), "visits: 0; expected 1 or more"),
+        (lambda: render(np.arange(2), visits=-1), "visits: -1; expected 1 or more"),
         (lambda: load(num_images=4).read([4]), "indices: 4 to 4; expected 0 to 3"),
         (lambda: load(num_images=4).read([-1]), "indices: -1 to -1; expected 0 to 3"),
     ],
@@ -153,6 +155,55 @@ def test_the_split_is_by_patient() -> None:
     assert data.splits.tolist() == [split_of_patient(p) for p in data.patients]
     sides = [set(data.patients[data.splits == split]) for split in ("train", "val", "test")]
     assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == 1400
+
+
+#: Of ``load(num_images=30, image_size=16, seed=3)``, by the version before there were other numbers of visits.
+TWO_VISITS = "8fc6f66ff7ae4121"
+
+
+def test_two_visits_are_what_they_were_before_there_were_more() -> None:
+    assert load(num_images=30, image_size=16, seed=3).fingerprint() == TWO_VISITS
+    images, factors = render(np.arange(12), size=32, seed=3)
+    same, same_factors = render(np.arange(12), size=32, seed=3, visits=2)
+    assert np.array_equal(images, same) and np.array_equal(factors.patient, same_factors.patient)
+
+
+@pytest.mark.parametrize("visits", [1, 3, 5])
+def test_a_visit_is_the_same_picture_whatever_their_number(visits: int) -> None:
+    several, factors = render(np.arange(6 * visits), size=32, seed=3, visits=visits)
+    assert np.array_equal(factors.patient, np.repeat(np.arange(6), visits))
+    most, _ = render(np.arange(42), size=32, seed=3, visits=7)
+    assert np.array_equal(several.reshape(6, visits, 32, 32), most.reshape(6, 7, 32, 32)[:, :visits])
+    two, _ = render(np.arange(12), size=32, seed=3)
+    assert np.array_equal(two.reshape(6, 2, 32, 32)[:, :visits], most.reshape(6, 7, 32, 32)[:, : min(visits, 2)])
+
+
+def test_five_visits_share_anatomy_and_nothing_else() -> None:
+    _, f = render(np.arange(300), size=8, seed=6, visits=5)
+    for field in dataclasses.fields(f):
+        by_patient = getattr(f, field.name).reshape(60, 5, -1)
+        if field.name in OF_PATIENT:
+            assert (by_patient == by_patient[:, :1]).all(), field.name
+        else:
+            pairs = [(i, j) for i in range(5) for j in range(i)]
+            assert all((by_patient[:, i] != by_patient[:, j]).any() for i, j in pairs), field.name
+    # Visits are independent: exposure, uniform on [0.72, 1.25), varies within a patient as between them.
+    within = f.exposure.reshape(60, 5).var(axis=1, ddof=1)
+    assert abs(within.mean() - 0.53**2 / 12) < 4 * standard_error(within)
+
+
+def test_load_with_more_visits() -> None:
+    data = load(num_images=20, image_size=16, seed=2, visits=4)
+    assert data.patients.tolist() == [str(i // 4) for i in range(20)]
+    assert np.array_equal(data.read([3, 17]), render(np.array([3, 17]), size=16, seed=2, visits=4)[0])
+    other = load(num_images=9, image_size=16, seed=2, visits=3)
+    by_name = dict(zip(data.ids, data._digests, strict=True))
+    assert {name: by_name[name] for name in other.ids} == dict(zip(other.ids, other._digests, strict=True))
+    assert len(set(data._digests)) == len(set(data.ids)) == 20
+    two = load(num_images=10, image_size=16, seed=2)
+    first_visits = [i for i in range(20) if i % 4 < 2]
+    assert [data._digests[i] for i in first_visits] == list(two._digests)
+    assert np.array_equal(data.read(first_visits), two.read(np.arange(10)))
 
 
 def test_keeping_images_does_not_change_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from medvdm.data import DataConfig
 from medvdm.errors import InputError, RunError
 from medvdm.models.vdm import VDMConfig
 from medvdm.runs import config as config_
@@ -151,11 +152,11 @@ def test_a_missing_setting_is_refused(path: Path) -> None:
 def test_a_setting_that_an_earlier_version_did_not_have_has_its_default_and_no_part_in_the_fingerprint(
     name: str,
 ) -> None:
-    defaults = dataclasses.asdict(VDMConfig()) | dataclasses.asdict(TrainConfig())
+    defaults = dataclasses.asdict(VDMConfig()) | dataclasses.asdict(TrainConfig()) | dataclasses.asdict(DataConfig())
     config = preset(name, **{setting: defaults[setting] for setting in config_.LATER if setting != "crop"})
     record = config_.to_json(config)
     for setting in config_.LATER:
-        del record["training" if setting in ("crop", "noise_weight") else "model"][setting]
+        del next(part for part in (record["data"], record["model"], record["training"]) if setting in part)[setting]
     assert config_.from_json(record) == config
     numbers = config_.flat(config)
     for setting in config_.LATER + config_.FREE_ON_RESUME:
@@ -171,8 +172,9 @@ def test_checkpoints_of_version_0_2_0_can_be_resumed(name: str, of_0_2_0: str) -
 
 def test_a_later_setting_that_differs_from_its_default_counts() -> None:
     config = preset("pixel")
-    changed = [config_.change(config, **{name: value}) for name, value in {"width": 40, "crop": 16}.items()]
-    assert len({config_.fingerprint(one) for one in [config, *changed]}) == 3
+    changes = {"width": 40, "crop": 16, "visits": 3, "withhold": 4, "canaries": 5, "canary_copies": "1,2"}
+    changed = [config_.change(config, **{name: value}) for name, value in changes.items()]
+    assert len({config_.fingerprint(one) for one in [config, *changed]}) == 1 + len(changes)
 
 
 @pytest.mark.parametrize("record", [None, [], "demo", 3])
