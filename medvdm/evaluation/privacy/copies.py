@@ -104,12 +104,10 @@ class Nearest(NamedTuple):
     Attributes:
         similarity: (n, 2) normalised correlation with either; -1 where there is none.
         where: (n, 2) their positions.
-        move: (n, 2) numbers of the coarse moves.
     """
 
     similarity: np.ndarray
     where: np.ndarray
-    move: np.ndarray
 
     @property
     def lead(self) -> np.ndarray:
@@ -136,16 +134,16 @@ def search(images: np.ndarray, train: Shelf, *, keep: Keep = now, own: np.ndarra
 
         def compute(rows: np.ndarray = rows) -> dict[str, np.ndarray]:
             part = registration.small(train.read(rows), COARSE)
-            similarity, move = registration.coarse(images, part)
+            similarity = registration.coarse(images, part)
             if own is not None:
                 similarity[own[:, None] == rows] = -1
-            return _two_best(similarity, np.tile(rows, (len(images), 1)), move, train.patients)._asdict()
+            return _two_best(similarity, np.tile(rows, (len(images), 1)), train.patients)._asdict()
 
         found.append(Nearest(**keep(f"part-{first}", compute)))
     return _two_best(*(np.concatenate(one, axis=1) for one in zip(*found, strict=True)), train.patients)
 
 
-def _two_best(similarity: np.ndarray, where: np.ndarray, move: np.ndarray, patients: np.ndarray) -> Nearest:
+def _two_best(similarity: np.ndarray, where: np.ndarray, patients: np.ndarray) -> Nearest:
     """Of candidates (n, m): the best, and the best of another patient. Of two of each part it is that of the whole."""
     n = np.arange(len(similarity))
     best = similarity.argmax(axis=1)
@@ -153,7 +151,7 @@ def _two_best(similarity: np.ndarray, where: np.ndarray, move: np.ndarray, patie
     others = np.where(whose == whose[n, best][:, None], -1.0, similarity)
     chosen = np.stack([best, others.argmax(axis=1)], axis=1)
     taken = np.stack([similarity[n, best], others[n, chosen[:, 1]]], axis=1)
-    return Nearest(taken, where[n[:, None], chosen], move[n[:, None], chosen])
+    return Nearest(taken, where[n[:, None], chosen])
 
 
 class Registered(NamedTuple):
@@ -170,17 +168,16 @@ def register(images: Shelf, train: Shelf, found: Nearest, *, keep: Keep = now) -
 
     def compute() -> dict[str, np.ndarray]:
         rows, back = np.unique(found.where, return_inverse=True)
-        theirs = train.take(rows).small(FINE)[back.reshape(-1)]
-        ours = np.repeat(images.small(FINE), 2, axis=0)
-        coarse_side = min(COARSE, max(ours.shape[1:]))
-        fine = registration.fine(ours, theirs, found.move.reshape(-1), coarse_side)
+        theirs, ours = train.take(rows), np.repeat(np.arange(len(images)), 2)
+        pairs = [(images.small(side)[ours], theirs.small(side)[back.reshape(-1)]) for side in (COARSE, FINE)]
+        fine = registration.fine(*pairs[1], registration.moves(*pairs[0]), max(pairs[0][0].shape[1:]))
         return {name: value.reshape(len(images), 2, *value.shape[1:]) for name, value in fine._asdict().items()}
 
     fine = keep("registered", compute)
     similarity = np.where(found.similarity > -1, fine["similarity"], -1)
     order = np.argsort(-similarity, axis=1)
     turned = {name: np.take_along_axis(fine[name], order, axis=1) for name in ("zoom", "flipped")}
-    nearest = Nearest(*(np.take_along_axis(one, order, axis=1) for one in (similarity, found.where, found.move)))
+    nearest = Nearest(*(np.take_along_axis(one, order, axis=1) for one in (similarity, found.where)))
     return Registered(nearest, np.take_along_axis(fine["shift"], order[..., None], axis=1), **turned)
 
 
@@ -332,7 +329,7 @@ def _check(samples: Shelf, train: Shelf, held_out: Shelf) -> None:
 
 def _check_twins(found: Measured, held_out: Shelf, train: Shelf) -> None:
     """Refuse held-out pictures that are training images."""
-    similarity, where, _ = found.coarse
+    similarity, where = found.coarse
     twins = [i for i in np.flatnonzero(similarity[:, 0] > SAME) if _same(held_out, i, train, where[i, 0])]
     if twins:
         name, other = held_out.names[twins[0]], train.names[where[twins[0], 0]]
@@ -409,7 +406,7 @@ def _clusters(samples: Shelf, found: Measured, held_out: Measured, keep: Keep) -
         images = samples.small(COARSE)
         rows, columns = [], []
         for first in range(0, len(images), PART):
-            similarity = registration.coarse(images[first : first + PART], images).similarity
+            similarity = registration.coarse(images[first : first + PART], images)
             i, j = np.nonzero(similarity > near)
             rows.append(i + first)
             columns.append(j)

@@ -12,6 +12,7 @@ count; the distance is :math:`\sqrt{1 - r}`, which is the Euclidean distance of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -42,27 +43,33 @@ def small(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in gray])
 
 
-class Coarse(NamedTuple):
-    """The best of all moves for each pair: (m, n) similarity, and the number of the move that gives it."""
-
-    similarity: np.ndarray
-    move: np.ndarray
-
-
-def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
-    """Compare m with n images of the same shape, from :func:`small`, over all shifts and both orientations."""
+def coarse(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Similarity (m, n) of m with n images from :func:`small`, the best of all shifts and both orientations."""
     best = np.full((len(images), len(others)), -np.inf, np.float32)
-    move = np.zeros(best.shape, np.int16)
-    for flipped in (False, True):
-        turned = images[:, :, ::-1] if flipped else images
-        for number, (dy, dx) in enumerate(SHIFTS):
-            here = _standardised(_window(turned, dy, dx))
-            there = _standardised(_window(others, -dy, -dx))
-            found = here @ there.T
-            better = found > best
-            best[better] = found[better]
-            move[better] = number + flipped * len(SHIFTS)
-    return Coarse(best, move)
+    for here, there in _moved(images, others):
+        np.maximum(best, here @ there.T, out=best)
+    return best
+
+
+def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """:func:`coarse` of the pairs of images (n, h, w) alone: (n,)."""
+    return np.max(_by_move(images, others), axis=0)
+
+
+def moves(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The number (n,) of the best move for each pair of images (n, h, w) from :func:`small`."""
+    return np.argmax(_by_move(images, others), axis=0)
+
+
+def _by_move(images: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
+    return [np.einsum("np,np->n", here, there) for here, there in _moved(images, others)]
+
+
+def _moved(images: np.ndarray, others: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What lies over each other of two sets at each move, as standardised rows; mirrored from the middle on."""
+    for turned in (images, images[:, :, ::-1]):
+        for dy, dx in SHIFTS:
+            yield _standardised(_window(turned, dy, dx)), _standardised(_window(others, -dy, -dx))
 
 
 def _window(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -99,7 +106,7 @@ def fine(images: np.ndarray, others: np.ndarray, move: np.ndarray, coarse_side: 
 
     Args:
         images, others: the pairs.
-        move: (n,) numbers of moves from :func:`coarse`.
+        move: (n,) numbers of moves from :func:`moves`.
         coarse_side: longer side of the images of the coarse comparison, in pixels.
     """
     from scipy.ndimage import gaussian_filter

@@ -77,7 +77,7 @@ def summary(
 
         def pixels() -> dict[str, np.ndarray]:
             return {
-                kind: np.array([registration.coarse(images[[i]], images[[j]]).similarity[0, 0] for i, j in pairs])
+                kind: registration.similarities(images[pairs[:, 0]], images[pairs[:, 1]])
                 for kind, pairs in (("same", same), ("other", other))
             }
 
