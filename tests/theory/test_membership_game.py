@@ -30,7 +30,7 @@ def played(n: int, d: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("n, d", [(6, 3), (20, 12)])
 def test_the_laws_are_those_of_points_that_were_drawn_and_fitted(n: int, d: int) -> None:
-    """The mean over fits of TPR and FPR at thresholds, within 4.5 standard errors over the fits, which are unrelated."""
+    """The mean over unrelated fits of TPR and FPR at thresholds, within 4.5 standard errors over the fits."""
     for name, distance in played(n, d).items():
         game = getattr(membership, name)(n, d)
         for fpr in (0.02, 0.1, 0.4, 0.8):
@@ -63,13 +63,12 @@ def test_of_a_fitted_mean_everything_has_a_formula(n: int, d: int) -> None:
 
 
 def test_limits() -> None:
-    """Many points give nothing away; hardly more points than dimensions, everything; a known S or one of many, alike."""
+    """Many points give nothing away; hardly more points than dimensions, everything; S known or of many points, alike."""
     for name in ("mean_fitted", "covariance_fitted", "law_known"):
         areas = [getattr(membership, name)(n, 10).auc() for n in (13, 100, 1000, 100_000)]
         assert areas == sorted(areas, reverse=True) and areas[-1] == pytest.approx(0.5, abs=5e-3), name
     assert membership.covariance_fitted(52, 50).auc() > 1 - 1e-6
     assert membership.covariance_fitted(52, 50).advantage() > 1 - 1e-6
-    # Of one dimension or many, an estimated S adds what d (d + 3) / 2 more numbers add to d: nothing if n is large.
     at = np.array([0.01, 0.2, 0.9])
     for d in (1, 5):
         known, fitted = membership.mean_fitted(10**6, d), membership.covariance_fitted(10**6, d)
