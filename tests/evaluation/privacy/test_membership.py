@@ -51,20 +51,24 @@ def test_level_losses_are_those_of_a_loop_by_hand(model) -> None:
         graph, params, images, gammas=gammas, draws=draws, seed=seed, batch_size=3, labels=labels
     )
     assert found.shape == (2, 7) and found.dtype == np.float64
-    whole = vdm.merge(graph, params)
     keys = jax.random.split(jax.random.key(seed), (2, draws))
-    for i in (0, 6):
-        x = jnp.asarray(images[i : i + 1])
+
+    @jax.jit
+    def answer(params, x, label, gamma, eps, alpha, sigma):
+        whole = vdm.merge(graph, params)
         network = whole if not whole.config.reduce else cascade.given(whole, cascade.reduced(x, 2))
-        f = network.encode(x)
-        label = network.embed(None if labels is None else jnp.asarray(labels[i : i + 1], jnp.float32), n=1)
+        z = alpha * network.encode(x) + sigma * eps
+        return network.eps_hat(z, network.condition(gamma, network.embed(label, n=1)))
+
+    for i in (0, 6):
+        label = None if labels is None else labels[i : i + 1].astype(np.float32)
         for level, gamma in enumerate(gammas):
             errors = []
+            alpha, sigma = 1 / np.sqrt(1 + np.exp(gamma)), 1 / np.sqrt(1 + np.exp(-gamma))
             for key in keys[level]:
-                eps = jax.random.normal(key, f.shape[1:])[None]
-                alpha, sigma = 1 / np.sqrt(1 + np.exp(gamma)), 1 / np.sqrt(1 + np.exp(-gamma))
-                answer = network.eps_hat(alpha * f + sigma * eps, network.condition(jnp.array([gamma]), label))
-                errors.append(float(jnp.mean((eps - answer) ** 2)))
+                eps = jax.random.normal(key, (1, *images.shape[1:]) if labels is None else (1, 4))
+                found_eps = answer(params, images[i : i + 1], label, np.array([gamma], np.float32), eps, alpha, sigma)
+                errors.append(float(np.mean((np.asarray(eps) - found_eps) ** 2)))
             assert found[level, i] == pytest.approx(np.mean(errors), rel=2e-4)
 
 
@@ -75,18 +79,18 @@ def test_an_image_has_the_same_scores_whatever_is_beside_it(model) -> None:
     losses = partial(membership.level_losses, graph, params, gammas=[-2.0], draws=2)
     bounds = partial(membership.bounds, graph, params, draws=3)
     for scores in (losses, bounds):
-        whole = scores(images, labels=labels, seed=1, batch_size=7)
+        whole = scores(images, labels=labels, seed=1, batch_size=3)
         np.testing.assert_allclose(
-            scores(images[order], labels=given, seed=1, batch_size=2), whole[..., order], rtol=1e-4
+            scores(images[order], labels=given, seed=1, batch_size=3), whole[..., order], rtol=1e-4
         )
-        assert abs(scores(images, labels=labels, seed=2, batch_size=7) / whole - 1).max() > 1e-4, "another seed"
+        assert abs(scores(images, labels=labels, seed=2, batch_size=3) / whole - 1).max() > 1e-4, "another seed"
 
 
 def test_bounds_are_those_of_the_evaluation(model) -> None:
-    """Other noise and other times, so within the error of the mean over the images' draws: 4.5 standard errors."""
+    """Other noise and other times, so within the error of two means over draws: 4.5 standard errors."""
     graph, params, images, labels = model
     labels = None if labels is None else labels.astype(np.float32)
-    ours = membership.bounds(graph, params, images, draws=32, seed=0, batch_size=7, labels=labels)
+    ours = membership.bounds(graph, params, images, draws=32, seed=0, batch_size=3, labels=labels)
     terms = held_out.bound_terms(graph, params, images, labels, draws=32, key=jax.random.key(1))
     assert (np.abs(ours - terms.total.mean(axis=0)) < 4.5 * np.sqrt(2) * terms.stderr).all()
 
@@ -104,8 +108,8 @@ def test_levels_out_of_the_schedule_are_refused(small) -> None:
 
 
 def test_an_attack_on_a_fitted_gaussian_reaches_the_closed_form() -> None:
-    """AUC and the true positive rates, each within 4 of its standard errors over 40 unrelated fits; per image."""
-    n, d, fits = 250, 100, 40
+    """AUC and the true positive rates, each within 4 of its standard errors over 24 unrelated fits; per image."""
+    n, d, fits = 120, 50, 24
     found = []
     for seed in range(fits):
         rng = np.random.default_rng(seed)
@@ -162,21 +166,25 @@ def test_intervals_cover_the_truth_with_images_that_are_alike() -> None:
     assert np.mean([one["auc"] for one in per_patient]) > np.mean([one["auc"] for one in runs]) + 0.03
 
 
-def test_of_one_law_nothing_is_found_95_times_in_100() -> None:
-    """Also by the classifier over all levels, which must not be worse than chance on average either."""
-    levels = 4
+@pytest.mark.slow
+def test_of_one_law_the_classifier_over_all_levels_finds_nothing_95_times_in_100() -> None:
+    """With the stretched error; and it is no worse than chance on average. 88 and more: see above."""
     inside, areas = 0, []
     for seed in range(100):
         rng = np.random.default_rng(seed)
         patient = np.repeat(np.arange(60), 2)
-        features = rng.standard_normal((60, levels))[patient] + rng.standard_normal((120, levels))
+        features = rng.standard_normal((60, 4))[patient] + rng.standard_normal((120, 4))
         member = patient < 30
-        scores = membership._cross_fitted(features, member, patient, seed)
-        found = auc(scores, member, patient)
+        found = auc(membership._cross_fitted(features, member, patient, seed), member, patient)
         areas.append(found.value)
-        inside += abs(found.value - 0.5) < 1.96 * found.stderr
+        inside += abs(found.value - 0.5) < 1.96 * membership.STRETCH * found.stderr
     assert abs(np.mean(areas) - 0.5) < 4 * np.std(areas) / 10
-    assert inside >= 85, "the error treats the classifiers as given, which makes it a little too small"
+    assert inside >= 88
+
+
+def test_of_one_law_nothing_is_found_95_times_in_100() -> None:
+    runs = [membership.attack(*drawn(seed, 0.0, 60, 2), seed=seed) for seed in range(100)]
+    assert covered(runs, "auc", 0.5) >= 88 and covered([one["patients"] for one in runs], "auc", 0.5) >= 88
 
 
 def test_rates_by_hand_with_ties_and_too_few_others() -> None:
@@ -209,7 +217,7 @@ def test_wrong_arrays_are_refused() -> None:
     with pytest.raises(InputError, match="^bound: numbers that are not finite; expected finite ones$"):
         ask(np.ones((1, 2)), np.array([1.0, np.nan]))
     with pytest.raises(InputError, match="^group: 'train'; expected 'member', 'held_out' or 'other_day'$"):
-        ask(np.ones((1, 2)), np.ones(2), ["train", "held_out"])
+        ask(np.ones((1, 2)), np.ones(2), group=["train", "held_out"])
     with pytest.raises(InputError, match="^ratio: 3 entries; expected 2, one per image$"):
         ask(np.ones((1, 2)), np.ones(2), ratio=np.ones(3))
 
@@ -228,28 +236,28 @@ def scores_of_means(x: np.ndarray, inside: np.ndarray, n: int, rng: np.random.Ge
 
 
 def test_shadow_models_bring_the_plain_distance_near_to_the_best_test() -> None:
-    n, d = 200, 200
+    n, d, images = 100, 100, 2000
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((3000, d))
+    x = rng.standard_normal((images, d))
     plain, best = game.mean_fitted(n, d).auc(), game.law_known(n, d).auc()
-    member = np.arange(3000) < 1500
+    member = np.arange(images) < images // 2
     target = scores_of_means(x, member, n, rng)
     areas = {}
-    for shadows in (4, 64):
-        inside = rng.random((shadows, 3000)) < 0.5
+    for shadows in (4, 48):
+        inside = rng.random((shadows, images)) < 0.5
         ratio = membership.likelihood_ratio(target, scores_of_means(x, inside, n, rng), inside)
         areas[shadows] = auc(ratio, member)
-    error = areas[64].stderr
+    error = areas[48].stderr
     assert abs(auc(target, member).value - plain) < 4 * error
-    assert plain + 0.05 < areas[4].value < areas[64].value - 0.02
-    # The score is one number of the fitted mean, and 64 shadows are not all: near the best, and not above it.
-    assert best - 0.04 < areas[64].value < best + 4 * error
+    assert plain + 0.05 < areas[4].value < areas[48].value - 0.02
+    # The score is one number of the fitted mean, and 48 shadows are not all: near the best, and not above it.
+    assert best - 0.04 < areas[48].value < best + 4 * error
     # With no shadow trained on an image only the one-sided form is left, which orders the images nearly as well.
-    outside = np.zeros((64, 3000), bool)
+    outside = np.zeros((48, images), bool)
     offline = membership.likelihood_ratio(target, scores_of_means(x, outside, n, rng), outside)
-    assert abs(auc(offline, member).value - areas[64].value) < 0.02
+    assert abs(auc(offline, member).value - areas[48].value) < 0.02
     inside_only = membership.likelihood_ratio(target, scores_of_means(x, ~outside, n, rng), ~outside)
-    assert abs(auc(inside_only, member).value - areas[64].value) < 0.02
+    assert abs(auc(inside_only, member).value - areas[48].value) < 0.02
 
 
 def test_shadows_of_halves_of_one_pool_know_the_rest_of_the_pool() -> None:
@@ -302,21 +310,23 @@ def test_a_linear_gaussian_model_of_20_phantoms_knows_them() -> None:
         **{"architecture": "linear-start", "image_shape": (32, 32, 1), "latent": 19, "embedding_dim": 4},
         **{"inner_width": 4, "decoder_width": 4, "decoder_layers": 1, "score_layers": 1},
     )
-    params = vdm.with_components(
-        vdm.init(config, 0), {"mean": mean, "components": directions, "variances": variances}
-    )
+    params = vdm.with_components(vdm.init(config, 0), {"mean": mean, "components": directions, "variances": variances})
     ask = {"seed": 0, "batch_size": 70}
     gammas = [-4.0, -1.0, 1.0]
     graph = vdm.graph_of(config)
     losses = membership.level_losses(graph, params, images, gammas=gammas, draws=8, **ask)
     bound = membership.bounds(graph, params, images, draws=8, **ask)
     group = np.where(member, "member", "held_out")
-    found = membership.membership(losses, bound, group, data.patients[:140], gammas=gammas)
+    floor = held_out.entropy(images)
+    found = membership.membership(losses, bound, group, data.patients[:140], gammas=gammas, yardstick=floor)
     parts = found["member_vs_held_out"]
     assert found["auc"] == parts["all_levels"]["auc"] >= 0.95
     assert found["auc_interval"][0] > 0.85
+    # The bound alone hardly tells, as images differ more by what any model has to pay for them.
+    assert parts["bound"]["auc"] < 0.75 < 0.9 < parts["over_yardstick"]["auc"]
     assert found["headline"] == ["member_vs_held_out", "all_levels"]
-    assert found["other_day_vs_held_out"] is found["member_vs_other_day"] is parts["likelihood_ratio"] is None
+    assert found["other_day_vs_held_out"] is found["member_vs_other_day"] is None
+    assert parts["likelihood_ratio"] is None
     assert any("other_day_vs_held_out: 0 patients of 'other_day'" in note for note in found["notes"])
     json.dumps(found, allow_nan=False)
 
