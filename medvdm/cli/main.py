@@ -278,7 +278,7 @@ def _audit_privacy(args: Any) -> int:
     from medvdm.cli.tables import privacy_table
     from medvdm.runs.config import SampleConfig, settings
     from medvdm.runs.privacy import audit_folders, audit_privacy, read_folders
-    from medvdm.runs.run import load, load_data
+    from medvdm.runs.run import load
 
     if args.run is not None and args.work is not None:
         raise InputError(f"--work: {args.work}; used without a run only, which keeps what is finished in its folder")
@@ -297,8 +297,7 @@ def _audit_privacy(args: Any) -> int:
     else:
         names = [f.name for f in dataclasses.fields(SampleConfig)]
         sampling = settings(SampleConfig(), {name: getattr(args.audit, name) for name in names})
-        data = None if args.data_dir is None else load_data(run, data_dir=args.data_dir)
-        result = audit_privacy(run, data, args.privacy_settings, sampling, folders=folders)
+        result = audit_privacy(run, None, args.privacy_settings, sampling, data_dir=args.data_dir, folders=folders)
     print(json.dumps(result) if args.json else privacy_table(result))
     return 0
 

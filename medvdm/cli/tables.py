@@ -204,50 +204,56 @@ def privacy_table(r: dict[str, Any]) -> str:
     """The result of a privacy audit for people: numbers first, then what they say in words."""
     low, high = r["false_alarm_interval"]
     lines = [
-        f"{r['num_samples']:,} samples against {r['num_train']:,} training images; threshold from {r['num_held_out']:,} "
-        "images of other people",
-        f"  copies found               {r['num_copies']:>8,}",
-        f"  false alarms, held out     {100 * r['false_alarm_rate']:>8.1f} %   95 %: {100 * low:.1f} to {100 * high:.1f} %",
-        *([] if r["visits"] is None else [f"  second visits found        {100 * r['visits']:>8.1f} %"]),
-    ]
-    for one in r["copies"][:10]:
-        lines.append(
-            f"  {one['sample']}: {one['training_image']}, {one['score']:.3f} (threshold {one['threshold']:.3f})"
-        )
-    if len(r["copies"]) > 10:
-        lines.append(f"  and {len(r['copies']) - 10:,} more (--json lists all)")
-    lines += [
-        "controls: share found",
+        f"{r['num_samples']:,} samples against {r['num_train']:,} training images; "
+        f"threshold from {r['num_held_out']:,} held-out ones",
+        _share("copies found", r["num_copies"] / r["num_samples"], f"{r['num_copies']:,}"),
+        _share("false alarms, held out", r["false_alarm_rate"], f"95 %: {100 * low:.1f} to {100 * high:.1f} %"),
+        *([] if r["visits"] is None else [_share("second visits found", r["visits"])]),
         *(
-            f"  {name:<27}{100 * one['found']:>8.1f} %   {'as it should be' if one['behaved'] else 'NOT as it should be'}"
+            f"    {one['sample']}: {one['training_image']}, lead {one['score']:.2f} above {one['threshold']:.2f}"
+            for one in r["copies"][:10]
+        ),
+        *([f"    and {len(r['copies']) - 10:,} more (--json lists all)"] if len(r["copies"]) > 10 else []),
+        "controls, share called copies",
+        *(
+            _share(name, one["found"], f"must {one['must']}{'' if one['behaved'] else ': IS NOT'}")
             for name, one in r["controls"].items()
         ),
+        *_attacks(r),
+        *_exposures(r["canaries"]),
+        *(textwrap.fill(f"note: {note}", 86, subsequent_indent="  ") for note in r["notes"]),
+        *(textwrap.fill(line, 86, initial_indent="- ", subsequent_indent="  ") for line in r["verdict"]),
     ]
-    for title, one in _attacks(r):
-        tpr = "-" if one["tpr_at_1pct_fpr"] is None else f"{100 * one['tpr_at_1pct_fpr']:.1f} %"
-        interval = (
-            "too few patients" if one["auc_interval"] is None else "{:.2f} to {:.2f}".format(*one["auc_interval"])
-        )
-        lines.append(f"  {title:<27}{one['auc']:>8.2f}     95 %: {interval}; found at 1 % false alarms: {tpr}")
-    if r["canaries"]:
-        lines.append(
-            f"canaries: bits exposed (chance {r['canaries']['chance']:.1f}, at most {r['canaries']['most']:.1f})"
-        )
-        lines += [
-            f"  planted {row['copies']:>4} times         {row['exposure']:>8.1f}" for row in r["canaries"]["rows"]
-        ]
-    notes = [textwrap.fill(f"note: {note}", 86, subsequent_indent="  ") for note in r["notes"]]
-    words = [textwrap.fill(line, 86, initial_indent="- ", subsequent_indent="  ") for line in r["verdict"]]
-    return "\n".join([*lines, *notes, *words])
+    return "\n".join(lines)
 
 
-def _attacks(r: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _share(name: str, share: float, note: str = "") -> str:
+    return f"  {name:<28}{100 * share:>7.1f} %   {note}".rstrip()
+
+
+def _attacks(r: dict[str, Any]) -> list[str]:
     """Membership by the headline attack: of images, and of persons by images of another day."""
-    found = r["membership"]
-    if not found:
+    from medvdm.evaluation.privacy.verdict import headlines
+
+    titles = {"membership": "training images, AUC", "person": "persons by another day, AUC"}
+    lines = []
+    for name, one in headlines(r).items():
+        low, high = one["auc_interval"]
+        tpr = one["tpr_at_1pct_fpr"]
+        found = "" if tpr is None else f"; found where 1 % of others are accused: {100 * tpr:.1f} %"
+        lines.append(f"  {titles[name]:<28}{one['auc']:>7.2f}     95 %: {low:.2f} to {high:.2f}{found}")
+    return ["membership, for whoever has the weights", *lines] if lines else []
+
+
+def _exposures(canaries: dict[str, Any] | None) -> list[str]:
+    if not canaries:
         return []
-    person = [("persons, by another day", found["person"])] if found.get("person") else []
-    return [("membership, AUC", found), *person]
+    chance, most = canaries["exposure_chance"], canaries["exposure_most"]
+    rows = [
+        f"  planted {row['copies']:>4} times          {row['exposure']:>7.1f}     AUC {row['auc']:.2f}"
+        for row in canaries["by_copies"]
+    ]
+    return [f"canaries, bits exposed (chance {chance:.1f}, at most {most:.1f})", *rows]
 
 
 _SCORED = {"bits": "bits", "over_gaussian": "over Gauss."}

@@ -589,7 +589,7 @@ def _privacy(record: Mapping[str, Any]) -> str:
         weights = {"ema": "averaged weights", "raw": "raw weights"}.get(one.get("weights"), "weights not recorded")
         text += (
             f"\n\n{_count(one.get('num_samples'))} samples of step {_count(one.get('step'))}, {weights}, against"
-            f" {_count(one.get('num_train'))} training images and {_count(one.get('num_held_out'))} of other people:\n\n"
+            f" {_count(one.get('num_train'))} training images, with {_count(one.get('num_held_out'))} held-out ones:\n\n"
             + _bullets(_inline(line) for line in one.get("verdict") or ())
         )
     return text

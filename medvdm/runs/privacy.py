@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import math
 import shutil
 import tempfile
 import zipfile
@@ -34,7 +36,8 @@ import numpy as np
 
 from medvdm import data as data_
 from medvdm.data import DataConfig, ImageData, planted
-from medvdm.errors import InputError
+from medvdm.errors import DataError, InputError
+from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import canaries, controls, membership, published, verdict
 from medvdm.evaluation.privacy.copies import Keep, Shelf, audit_copies
 from medvdm.paths import local_path
@@ -56,6 +59,7 @@ def audit_privacy(
     sampling: SampleConfig = SAMPLING,
     *,
     save: bool = True,
+    data_dir: str | None = None,
     folders: Folders | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def audit_privacy(
         data: the run's own data, where it has to be given again; loaded if None.
         config: the settings of the audit.
         sampling: how samples are drawn, and how many.
+        data_dir: where the images are now; by default where they were.
         save: also write the result into the run's folder, under ``privacy/``, and renew its model card.
         folders: samples, training and held-out images from elsewhere instead of the run's.
         changes: settings of either by name.
@@ -90,12 +95,12 @@ def audit_privacy(
     if save:
         check_writable(run.path / PRIVACY)
     own = folders is None or folders.train is None
-    data = load_data(run) if data is None and own else data
+    data = load_data(run, data_dir=data_dir) if data is None and own else data
     if data is not None and data.fingerprint() != run.record["data"]["fingerprint"]:
         raise changed(run)
     about = run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config))
     with _parts(run.path / PRIVACY if save else None, about) as keep:
-        train, held_out, other_day = _groups(run, data, folders)
+        train, held_out, other_day = _groups(run, data, data_dir, folders)
         samples = (
             folders.samples if folders is not None and folders.samples is not None else _drawn(run, sampling, keep)
         )
@@ -208,7 +213,9 @@ def _copies(samples: Shelf, train: Shelf, held_out: Shelf, config: PrivacyConfig
     return result
 
 
-def _groups(run: Run, data: ImageData | None, folders: Folders | None) -> tuple[Shelf, Shelf, Shelf | None]:
+def _groups(
+    run: Run, data: ImageData | None, data_dir: str | None, folders: Folders | None
+) -> tuple[Shelf, Shelf, Shelf | None]:
     """Training images, held-out images, and other images of training patients, as the run's model knows them."""
     given = Folders() if folders is None else folders
     train, held_out, other_day = given.train, given.held_out, None
@@ -217,12 +224,21 @@ def _groups(run: Run, data: ImageData | None, folders: Folders | None) -> tuple[
         if train is None:
             real = ~planted.is_canary(data)
             train = Shelf.from_data(seen, np.flatnonzero((data.splits == "train") & real))
-            withheld = planted.withheld(run.config.data) if run.config.data.withhold else None
-            if withheld is not None and len(withheld):
-                other_day = Shelf.from_data(as_seen(run, withheld), np.arange(len(withheld)))
+            other_day = _other_day(run, data_dir)
         if held_out is None:
             held_out = Shelf.from_data(seen, np.flatnonzero(data.splits != "train"))
     return train, held_out, other_day
+
+
+def _other_day(run: Run, data_dir: str | None) -> Shelf | None:
+    """The images that were withheld from training; None where there are none."""
+    if not run.config.data.withhold or run.config.data.data not in data_.names():
+        return None
+    try:
+        withheld = planted.withheld(dataclasses.replace(run.config.data, data_dir=data_dir or run.config.data.data_dir))
+    except DataError:  # no training patient had two images
+        return None
+    return Shelf.from_data(as_seen(run, withheld), np.arange(len(withheld)))
 
 
 def _drawn(run: Run, sampling: SampleConfig, keep: Keep) -> Shelf:
@@ -232,8 +248,8 @@ def _drawn(run: Run, sampling: SampleConfig, keep: Keep) -> Shelf:
 
 
 def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: PrivacyConfig, keep: Keep) -> Any:
-    """(n,) bound and (L, n) errors at each noise level, part by part."""
-    gammas = np.linspace(*_ends(run), config.levels)
+    """(n,) bound and yardstick in nats, and (L, n) errors at each noise level, part by part."""
+    gammas = _gammas(run, config)
     found = []
     for start in range(0, len(rows), PART):
         part = rows[start : start + PART]
@@ -244,15 +260,31 @@ def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: Privacy
             return {
                 "bound": membership.bounds(run.graph, run.params, images, **more),
                 "levels": membership.level_losses(run.graph, run.params, images, gammas=gammas, **more),
+                "yardstick": _yardstick(images),
             }
 
         found.append(keep(f"losses-{name}-{start}", compute))
-    return {key: np.concatenate([one[key] for one in found], axis=-1) for key in ("bound", "levels")}
+    return {key: np.concatenate([one[key] for one in found], axis=-1) for key in found[0]}
 
 
-def _ends(run: Run) -> tuple[float, float]:
-    """gamma at t = 0 and t = 1 of the run's schedule."""
-    return tuple(float(g) for g in np.asarray(run.model.gamma(np.array([0.0, 1.0], np.float32))))
+def _gammas(run: Run, config: PrivacyConfig) -> np.ndarray:
+    """Noise levels from gamma(0) to gamma(1) of the run's schedule, spread evenly."""
+    return np.linspace(*np.asarray(run.model.gamma(np.array([0.0, 1.0], np.float32)), np.float64), config.levels)
+
+
+def _yardstick(images: np.ndarray) -> np.ndarray:
+    """(n,) nats that an image costs without the model: its entropy, or the size of its PNG file."""
+    if images.dtype != np.uint8:
+        return entropy(images)
+    return np.array([_png_bytes(one) for one in images]) * 8 * math.log(2.0)
+
+
+def _png_bytes(image: np.ndarray) -> int:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    return len(file.getvalue())
 
 
 def _for_model(run: Run, images: np.ndarray) -> np.ndarray:
@@ -266,6 +298,7 @@ def _membership(
     run.require_trained(null=True)
     groups = {"member": train, "held_out": held_out, "other_day": other_day}
     losses, group, patients = [], [], []
+    gammas = _gammas(run, config)
     for name, shelf in groups.items():
         if shelf is None or not len(shelf):
             continue
@@ -278,6 +311,8 @@ def _membership(
         np.concatenate([one["bound"] for one in losses]),
         np.array(group),
         np.array(patients),
+        gammas=gammas,
+        yardstick=np.concatenate([one["yardstick"] for one in losses]),
         seed=config.audit_seed,
     )
 
@@ -287,16 +322,17 @@ def _canaries(run: Run, config: PrivacyConfig, keep: Keep) -> dict[str, Any] | N
     number, shape, seed = run.config.data.canaries, run.config.model.image_shape, run.config.data.data_seed
     if not number:
         return None
-    copies = np.resize(planted.copies_of(run.config.data.canary_copies), number)
+    copies = planted.copies_of(number, run.config.data.canary_copies)
+    labels = np.zeros((1 + config.secrets, run.config.model.classes), np.float32) if run.config.model.classes else None
     losses = []
     for i in range(number):
 
         def compute(i: int = i) -> dict[str, np.ndarray]:
-            images = np.concatenate(
-                [planted.canary(i, shape, seed)[None], planted.references(i, config.secrets, shape, seed)]
-            )
+            secrets = planted.references(i, config.secrets, shape, seed)
+            images = np.concatenate([planted.canary(i, shape, seed)[None], secrets])
+            images = images if run.eight_bit else images / np.float32(255)
             more = {"draws": config.draws, "seed": config.audit_seed, "batch_size": config.loss_batch}
-            return {"bound": membership.bounds(run.graph, run.params, _for_model(run, images), **more)}
+            return {"bound": membership.bounds(run.graph, run.params, images, labels=labels, **more)}
 
         losses.append(keep(f"canary-{i}", compute)["bound"])
     every = np.stack(losses)
@@ -311,7 +347,12 @@ def _published(run: Run, train: Shelf, held_out: Shelf, config: PrivacyConfig) -
     rows = [np.rint(np.linspace(0, len(s) - 1, min(config.images, len(s)))).astype(int) for s in (train, held_out)]
     images = [shelf.read(r) for shelf, r in zip((train, held_out), rows, strict=True)]
     patients = [shelf.patients[r] for shelf, r in zip((train, held_out), rows, strict=True)]
-    return {name: published.audit(*images, *patients, *space, seed=config.audit_seed) for name, space in spaces.items()}
+    return {
+        name: published.components_give(
+            *images, *space, patients=patients[0], held_out_patients=patients[1], seed=config.audit_seed
+        )
+        for name, space in spaces.items()
+    }
 
 
 def _finished(result: dict[str, Any], config: PrivacyConfig) -> dict[str, Any]:
