@@ -263,6 +263,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 LATER = (
     *("width", "scales", "blocks", "patch", "details", "attention", "rounding", "reduce", "base_scales"),  # 0.3.0
     *("crop", "stages", "noise_weight"),  # 0.3.0
+    *("dp_noise", "dp_clip"),  # 0.4.0
 )
 
 #: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.

@@ -16,6 +16,7 @@ from medvdm.errors import MedvdmError
 from medvdm.evaluation.audit import LEAST_IMAGES
 from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
 from medvdm.runs.store import AUDITS, CARD, METRICS, RESULTS, atomic, read_json, read_lines, read_record
+from medvdm.training.privacy_accounting import sentence
 
 
 def renew_card(path: Path) -> None:
@@ -87,6 +88,7 @@ def model_card(record: Mapping[str, Any]) -> str:
               ``distinct_per_image``), ``notes``;
             * ``environment``: versions and devices by name;
             * ``notes``: what a reader should know of the training, one line each;
+            * ``privacy``: ``epsilon``, ``delta``, ``unit`` and what they follow from, of a training with ``dp_noise``;
             * ``training``: ``steps_done``, ``seconds``, ``last`` (terms of the last step);
             * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one column of a
               table;
@@ -103,6 +105,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _limits(record, data),
         _data(data),
         _training(record),
+        *_privacy(record),
         _MARKS,
         _cite(data),
         _settings(record),
@@ -360,6 +363,27 @@ def _training(record: Mapping[str, Any]) -> str:
             + "."
         )
     return text if text != "## Training" else f"{text}\n\nNothing about the training is recorded."
+
+
+def _privacy(record: Mapping[str, Any]) -> list[str]:
+    """A section on what the weights can tell of one patient; none without noise in training."""
+    promise = _part(record, "privacy")
+    if not promise:
+        return []
+    return [
+        f"""## Differential privacy
+
+Trained with {_inline(sentence(promise))}.
+
+- Whoever has the weights, and knows all training images but those of one patient, can guess whether it was this
+  patient or another one only a little better than by chance: no true-positive rate is above e^epsilon times the
+  false-positive rate, plus delta.
+- Not covered: `metrics.jsonl`, `baselines.npz`, `gaussian.npz`, results and audits on training images, the numbers of
+  this card on the training images, and settings that were chosen by looking at other runs on the same images. Weights
+  that were kept by their loss on validation images (`best`) may tell of these.
+- It holds if the patients' names are right, and for whoever does not know the noise: a file `noise.key`, there until
+  training ends, must not be passed on."""
+    ]
 
 
 def _settings(record: Mapping[str, Any]) -> str:

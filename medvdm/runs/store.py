@@ -10,6 +10,7 @@
 ``evaluations.jsonl``  one line per held-out evaluation during training
 ``results/``           one JSON per ``evaluate`` call
 ``audits/``            one JSON per ``audit`` call
+``noise.key``          the secret of a training with ``dp_noise``, while it is unfinished; it must not be passed on
 ``held_out/``          what ``score`` has measured on validation images, one JSON per setting
 ``MODEL_CARD.md``      the model card, made from the files above
 ``.lock``              there while a process trains into the folder
@@ -72,6 +73,7 @@ CONFIG, BASELINES, GAUSSIAN = "config.json", "baselines.npz", "gaussian.npz"
 CHECKPOINTS, BEST = "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
 AUDITS, HELD_OUT, LOCK = "audits", "held_out", ".lock"
+SECRET = "noise.key"
 
 
 def check_writable(folder: Path) -> None:
@@ -100,6 +102,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, record: Any) -> None:
     """:func:`write_text` of a JSON value; NaN is refused rather than written."""
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """:func:`write_text`, for nobody else to read."""
+    with atomic(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> Any:

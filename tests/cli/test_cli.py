@@ -180,6 +180,8 @@ OTHER_VALUES: dict[str, Any] = {
     "adam_eps": 1e-7,
     "weight_decay": 0.031,
     "clip_norm": 3.5,
+    "dp_noise": 1.5,
+    "dp_clip": 0.25,
     "ema_decay": 0.77,
     "label_dropout": 0.33,
     "gradient_difference_weight": 0.125,
