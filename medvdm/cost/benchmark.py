@@ -116,11 +116,11 @@ def prepare(config: RunConfig) -> Problem:
     """Phantoms for a config that the plain step can take; raises InputError for any other."""
     m, t = config.model, config.training
     plain = m.architecture in plain_.LOSSES and m.schedule == "fixed-linear" and not m.timesteps and t.stratified_times
-    weighted = t.gradient_difference_weight or t.noise_weight
+    weighted = t.gradient_difference_weight or t.noise_weight or t.dp_noise
     if not plain or m.reduce or m.dtype != "float32" or weighted or any(augmentations(t).values()):
         raise InputError(
             "benchmark: the plain step has residual networks and single U-Nets (reduce 0), continuous time, "
-            "fixed-linear gamma, stratified times, float32, no weights and no augmentation but crops only"
+            "fixed-linear gamma, stratified times, float32, no weights, no dp_noise and no augmentation but crops only"
         )
     images = data_.load(
         data_.DataConfig(data="phantom", num_images=8 * t.batch_size, image_size=config.data.image_size)

@@ -292,6 +292,7 @@ LATER = (
     *("width", "scales", "blocks", "patch", "details", "attention", "rounding", "reduce", "base_scales"),  # 0.3.0
     *("crop", "stages", "noise_weight"),  # 0.3.0
     *("visits", "withhold", "canaries", "canary_copies"),  # 0.4.0
+    *("dp_noise", "dp_clip"),  # 0.4.0
 )
 
 #: Settings that may differ when a run is resumed: where the images lie now, and what the run keeps.

@@ -14,7 +14,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +45,15 @@ from medvdm.runs.store import (
     GAUSSIAN,
     LOCK,
     METRICS,
+    SECRET,
     holds_run,
     locked,
     read_record,
     write_json,
+    write_secret,
 )
-from medvdm.training import loop
-from medvdm.training.batches import training_batches, training_indices
+from medvdm.training import loop, privacy_accounting, private
+from medvdm.training.batches import private_batches, training_batches, training_indices, training_patients
 from medvdm.training.checkpoints import Cadence, Checkpoints, check_folder, read_back
 from medvdm.training.devices import Layout, barrier, describe, first_process, first_said, local
 from medvdm.training.step import TrainState, augmentations, init_state, jit_step, learning_rate, new_state
@@ -102,15 +106,18 @@ def fit(
         _check_room(out, config)
     progress = progress and first_process()
     notes = _notes(config, data) + ([extension] if extension else [])
+    privacy = _privacy(config, data)
     if progress:
-        _announce(config, data, notes)
+        _announce(config, data, [*notes, *([privacy_accounting.sentence(privacy)] if privacy else [])])
     with contextlib.ExitStack() as stack:
         stack.enter_context(_claimed(out, resume))
         images = None
         if extension:
-            _extend(out, config, extension)
+            _extend(out, config, extension, privacy)
         elif not resume:
-            images = _prepare(out, config, data, notes)
+            images = _prepare(out, config, data, notes, privacy)
+        if privacy and first_process() and not (resume and (out / SECRET).exists()):  # no two runs have the same noise
+            write_secret(out / SECRET, f"{private.new_secret()}\n")
         barrier("prepared")
         record = read_record(out)[0]
         settings = {"settings": config_.fingerprint(config), "earlier": config_.earlier_fingerprints(config, record)}
@@ -130,6 +137,8 @@ def fit(
             if _has_gaussian(config, data):
                 gaussian_images.load(out / GAUSSIAN)
             renew_card(out)
+            if step == config.training.steps:
+                (out / SECRET).unlink(missing_ok=True)  # with it the noise could be taken away again
         barrier("finished")
     if stopped and step < config.training.steps:
         name = signal.Signals(stopped).name
@@ -182,6 +191,9 @@ def fill_in(config: RunConfig, data: ImageData) -> RunConfig:
 def _check_data(config: RunConfig, data: ImageData) -> None:
     """Refuse images that this model cannot be trained on."""
     indices = training_indices(data, config.training.batch_size)  # refuses a batch that is too large
+    if config.training.dp_noise:
+        training_patients(data, config.training.batch_size)  # likewise
+        privacy_accounting.require()
     if config.model.reduce:
         config.model.base()  # refuses sides that cannot be reduced
     if config.training.crop > min(data.image_shape[:2]):
@@ -262,6 +274,22 @@ def _notes(config: RunConfig, data: ImageData) -> list[str]:
     return notes
 
 
+def _privacy(config: RunConfig, data: ImageData) -> dict[str, Any] | None:
+    """What the record says of a training with ``dp_noise``: the promise and what it follows from; None without."""
+    training = config.training
+    if not training.dp_noise:
+        return None
+    patients = len(training_patients(data, training.batch_size))
+    numbers = {
+        "noise": training.dp_noise,
+        "batch": training.batch_size,
+        "patients": patients,
+        "steps": training.steps,
+        "delta": privacy_accounting.usual_delta(patients),
+    }
+    return {"epsilon": privacy_accounting.epsilon(**numbers), "unit": "patient", "clip": training.dp_clip, **numbers}
+
+
 def _trained_classes(config: RunConfig, data: ImageData) -> list[str]:
     """The classes that a conditional model meets in training: those that some training image carries."""
     if not config.model.classes:
@@ -313,7 +341,9 @@ def _claimed(out: Path, resume: bool) -> Iterator[None]:
                     folder.rmdir()
 
 
-def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) -> np.ndarray | None:
+def _prepare(
+    out: Path, config: RunConfig, data: ImageData, notes: list[str], privacy: dict[str, Any] | None
+) -> np.ndarray | None:
     """Fit the baselines and write the record; on any failure nothing of it stays. Returns the images it has read."""
     if not first_process():
         return None
@@ -333,6 +363,7 @@ def _prepare(out: Path, config: RunConfig, data: ImageData, notes: list[str]) ->
             "trained_classes": _trained_classes(config, data),
             "notes": notes,
             "extended_from": [],
+            **({"privacy": privacy} if privacy else {}),
         }
         write_json(out / CONFIG, record)
     except BaseException:
@@ -355,14 +386,16 @@ def _gaussian(data: ImageData) -> gaussian_images.GaussianImages:
     return gaussian_images.fit(parts, data.levels(validation))
 
 
-def _extend(out: Path, config: RunConfig, note: str) -> None:
-    """Write into the record that the run becomes longer."""
+def _extend(out: Path, config: RunConfig, note: str, privacy: dict[str, Any] | None) -> None:
+    """Write into the record that the run becomes longer, and what that costs in privacy."""
     if not first_process():
         return
     record, old = read_record(out)
     record["config"] = config_.to_json(config)
     record["extended_from"] = [*record["extended_from"], old.training.steps]
     record["notes"] = [*record["notes"], note]
+    if privacy:
+        record["privacy"] = privacy
     write_json(out / CONFIG, record)
 
 
@@ -464,10 +497,13 @@ def _train(
 
         if first_said(looks is not None and looks.best_step == start > 0):
             keep_best(start, state)  # killed between this look and its weights, or not asked for until now
-        batches = training_batches(
+        secret = int((out / SECRET).read_text()) if settings.dp_noise and start < steps else None
+        batches_of = partial(training_batches, seed=settings.seed)
+        if secret is not None:
+            batches_of = partial(private_batches, secret=secret)
+        batches = batches_of(
             data,
             batch_size=settings.batch_size,
-            seed=settings.seed,
             start=start,
             rows=layout.rows(settings.batch_size),
             integers=config.model.integers,
@@ -484,7 +520,7 @@ def _train(
             stop=stop,
         )
         try:
-            state = loop.train(state, jit_step(config.model, settings), on_devices, steps=steps, hooks=hooks)
+            state = loop.train(state, jit_step(config.model, settings, secret), on_devices, steps=steps, hooks=hooks)
         except DivergedError as problem:
             checkpoints.wait()
             good = checkpoints.latest() or "none"

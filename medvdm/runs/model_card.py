@@ -16,6 +16,7 @@ from medvdm.errors import MedvdmError
 from medvdm.evaluation.audit import LEAST_IMAGES
 from medvdm.runs.provenance import PROVENANCE_CHUNK, SYNTHETIC, text_of
 from medvdm.runs.store import AUDITS, CARD, METRICS, PRIVACY, RESULTS, atomic, read_json, read_lines, read_record
+from medvdm.training.privacy_accounting import sentence
 
 
 def renew_card(path: Path) -> None:
@@ -40,7 +41,7 @@ def renew_card(path: Path) -> None:
             },
             "evaluations": results,
             "audits": audits,
-            "privacy": privacy,
+            "privacy_audits": privacy,
             "left_out": left_out + also_left_out + of_privacy_left_out,
         },
     )
@@ -89,11 +90,12 @@ def model_card(record: Mapping[str, Any]) -> str:
               ``distinct_per_image``), ``notes``;
             * ``environment``: versions and devices by name;
             * ``notes``: what a reader should know of the training, one line each;
+            * ``privacy``: ``epsilon``, ``delta``, ``unit`` and what they follow from, of a training with ``dp_noise``;
             * ``training``: ``steps_done``, ``seconds``, ``last`` (terms of the last step);
             * ``evaluations``: results of :func:`medvdm.evaluation.held_out.evaluate_weights`, each one column of a
               table;
             * ``audits``: results of :func:`medvdm.runs.audit.audit`, each a table;
-            * ``privacy``: results of :func:`medvdm.runs.privacy.audit_privacy`, each said in words;
+            * ``privacy_audits``: results of :func:`medvdm.runs.privacy.audit_privacy`, each said in words;
             * ``left_out``: names of result files that could not be read.
     """
     data = _part(record, "data")
@@ -107,6 +109,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _limits(record, data),
         _data(data),
         _training(record),
+        *_privacy(record),
         _MARKS,
         _cite(data),
         _settings(record),
@@ -366,6 +369,27 @@ def _training(record: Mapping[str, Any]) -> str:
     return text if text != "## Training" else f"{text}\n\nNothing about the training is recorded."
 
 
+def _privacy(record: Mapping[str, Any]) -> list[str]:
+    """A section on what the weights can tell of one patient; none without noise in training."""
+    promise = _part(record, "privacy")
+    if not promise:
+        return []
+    return [
+        f"""## Differential privacy
+
+Trained with {_inline(sentence(promise))}.
+
+- Whoever has the weights, and knows all training images but those of one patient, can guess whether it was this
+  patient or another one only a little better than by chance: no true-positive rate is above e^epsilon times the
+  false-positive rate, plus delta.
+- Not covered: `metrics.jsonl`, `baselines.npz`, `gaussian.npz`, results and audits on training images, the numbers of
+  this card on the training images, and settings that were chosen by looking at other runs on the same images. Weights
+  that were kept by their loss on validation images (`best`) may tell of these.
+- It holds if the patients' names are right, and for whoever does not know the noise: a file `noise.key`, there until
+  training ends, must not be passed on."""
+    ]
+
+
 def _settings(record: Mapping[str, Any]) -> str:
     config = _part(record, "config")
     if not config:
@@ -578,7 +602,7 @@ proof that nothing was memorised."""
 
 def _privacy(record: Mapping[str, Any]) -> str:
     """What privacy audits found, in their own words, or that there was none."""
-    audits = list(record.get("privacy") or ())
+    audits = list(record.get("privacy_audits") or ())
     if not audits:
         return (
             "## What it kept of its training images\n\nNot audited (`medvdm audit RUN --privacy`): nothing is known of "
@@ -589,7 +613,7 @@ def _privacy(record: Mapping[str, Any]) -> str:
         weights = {"ema": "averaged weights", "raw": "raw weights"}.get(one.get("weights"), "weights not recorded")
         text += (
             f"\n\n{_count(one.get('num_samples'))} samples of step {_count(one.get('step'))}, {weights}, against"
-            f" {_count(one.get('num_train'))} training images, with {_count(one.get('num_held_out'))} held-out ones:\n\n"
+            f" {_count(one.get('num_train'))} training and {_count(one.get('num_held_out'))} held-out images:\n\n"
             + _bullets(_inline(line) for line in one.get("verdict") or ())
         )
     return text

@@ -11,6 +11,7 @@
 ``results/``           one JSON per ``evaluate`` call
 ``audits/``            one JSON per ``audit`` call
 ``privacy/``           one JSON per ``audit --privacy`` call, and what an unfinished one has kept
+``noise.key``          the secret of a training with ``dp_noise``, while it is unfinished; it must not be passed on
 ``held_out/``          what ``score`` has measured on validation images, one JSON per setting
 ``MODEL_CARD.md``      the model card, made from the files above
 ``.lock``              there while a process trains into the folder
@@ -73,6 +74,7 @@ CONFIG, BASELINES, GAUSSIAN = "config.json", "baselines.npz", "gaussian.npz"
 CHECKPOINTS, BEST = "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
 AUDITS, PRIVACY, HELD_OUT, LOCK = "audits", "privacy", "held_out", ".lock"
+SECRET = "noise.key"
 
 
 def check_writable(folder: Path) -> None:
@@ -101,6 +103,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, record: Any) -> None:
     """:func:`write_text` of a JSON value; NaN is refused rather than written."""
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """:func:`write_text`, for nobody else to read."""
+    with atomic(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -64,6 +64,56 @@ def training_batches(
     return batches
 
 
+def training_patients(data: ImageData, batch_size: int) -> list[np.ndarray]:
+    """Positions of the images of each training patient; raises InputError if there are fewer of them than a batch."""
+    indices = data.indices("train")
+    _, patient = np.unique(data.patients[indices], return_inverse=True)
+    by_patient = np.argsort(patient, kind="stable")
+    images = np.split(indices[by_patient], np.cumsum(np.bincount(patient))[:-1])
+    if batch_size > len(images):
+        raise InputError(
+            f"batch_size: {batch_size} with dp_noise; expected at most {len(images)}, the number of training patients"
+        )
+    return images
+
+
+def draw(patients: list[np.ndarray], batch_size: int, *, secret: int, step: int) -> np.ndarray:
+    """The images of a step, counted from 0: one of each of ``batch_size`` patients, uniform over sets, then images."""
+    rng = np.random.default_rng([secret, step])
+    chosen = rng.choice(len(patients), batch_size, replace=False)
+    return np.array([rng.choice(patients[i]) for i in chosen])
+
+
+def private_batches(
+    data: ImageData,
+    *,
+    batch_size: int,
+    secret: int,
+    start: int = 0,
+    rows: slice = slice(None),
+    read_ahead: int = 4,
+    integers: bool = False,
+) -> Iterator[Batch]:
+    """Endless batches of one image of each of ``batch_size`` patients; a batch depends on the secret and its number.
+
+    Arguments and batches are as of :func:`training_batches`, the secret in place of its seed.
+
+    Raises:
+        InputError: the batch is larger than the number of training patients.
+    """
+    patients = training_patients(data, batch_size)
+    images_at = data.levels if integers else data.read
+
+    def read(step: int) -> Batch:
+        mine = draw(patients, batch_size, secret=secret, step=step)[rows]
+        return _aligned(images_at(mine)), data.labels[mine].astype(np.float32)
+
+    ready = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
+    batches = iter(grain.MapDataset.range(2**31).map(read).to_iter_dataset(ready))
+    batches.set_state({"next_index": start})
+    return batches
+
+
 def _aligned(images: np.ndarray) -> np.ndarray:
     """The same images in memory that starts at a multiple of 64 bytes, which JAX uses on a CPU without a copy."""
     if images.ctypes.data % 64 == 0:

@@ -29,7 +29,7 @@ from medvdm.errors import InputError, nearest
 from medvdm.models import cascade, vdm
 from medvdm.models.unet import least_side
 from medvdm.theory import bound, schedules
-from medvdm.training import augmentation, schedule_variance
+from medvdm.training import augmentation, private, schedule_variance
 
 OBJECTIVES = ("bound", "variance")
 
@@ -60,6 +60,10 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     clip_norm: float = 0.0
     """Clip the global norm of the gradient (of bits per dimension) to this; 0 is off."""
+    dp_noise: float = 0.0
+    """Differential privacy of patients: noise on the summed gradients, as a multiple of dp_clip; 0 is off."""
+    dp_clip: float = 0.1
+    """Norm that the gradient of each patient (of bits per dimension) is clipped to with dp_noise."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, short for the first steps; 0 is off."""
     label_dropout: float = 0.1
@@ -99,6 +103,8 @@ class TrainConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected at least 1")
+        if self.dp_clip == 0:
+            raise InputError("dp_clip: 0.0; expected more than 0")
         for name in ("b1", "b2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: {getattr(self, name)}; expected less than 1")
@@ -112,7 +118,7 @@ class TrainConfig:
 
 
 def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
-    """Raise InputError where the schedule's objective, crops, augmentation or loss do not fit the model."""
+    """Raise InputError where the schedule's objective, crops, augmentation, loss or privacy do not fit the model."""
     if config.crop:
         if not vdm.ARCHITECTURES[model.architecture].any_size:
             raise InputError(f"crop: {config.crop} with architecture '{model.architecture}'; expected 'unet'")
@@ -136,6 +142,16 @@ def check(model: vdm.VDMConfig, config: TrainConfig) -> None:
         raise InputError(
             f"schedule_objective: 'variance' with schedule '{model.schedule}' and timesteps {model.timesteps}; "
             "expected schedule 'monotonic' in continuous time (timesteps 0)"
+        )
+    if config.dp_noise and vdm.ARCHITECTURES[model.architecture].measures_components:
+        raise InputError(
+            f"dp_noise: {config.dp_noise} with architecture '{model.architecture}'; expected 0, since its components "
+            "are measured on the training images without noise"
+        )
+    if config.dp_noise and config.schedule_objective == "variance":
+        raise InputError(
+            f"dp_noise: {config.dp_noise} with schedule_objective 'variance'; expected 'bound', since that gradient is "
+            "no sum over images"
         )
 
 
@@ -162,18 +178,26 @@ class Metrics(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The numbers that a compiled step takes as an argument: runs that differ in these only share one program."""
+    """The numbers that a compiled step takes as an argument: runs that differ in these only share one program.
+
+    ``secret`` is the key that takes the seed's place for all that a step draws, see :mod:`medvdm.training.private`.
+    """
 
     seed: int
     steps: int
     learning_rate: float
     warmup_steps: int
     final_fraction: float
+    secret: np.ndarray | None = None
 
 
-def plan_of(config: TrainConfig) -> Plan:
+_NUMBERS = Plan._fields[:-1]  # those that are settings
+
+
+def plan_of(config: TrainConfig, secret: int | None = None) -> Plan:
     """The plan of a config."""
-    return Plan(*(getattr(config, name) for name in Plan._fields))
+    key_data = None if secret is None else private.key_data(secret)
+    return Plan(*(getattr(config, name) for name in _NUMBERS), secret=key_data)
 
 
 def learning_rate(config: TrainConfig | Plan) -> optax.Schedule:
@@ -323,6 +347,28 @@ def gradient(
     return {**grads, "schedule": {**interior, **ends}}, metrics
 
 
+def private_gradient(
+    graph: nnx.GraphDef,
+    config: TrainConfig,
+    params: vdm.Params,
+    images: Num[Array, "n h w c"],
+    labels: Float[Array, "n k"] | None,
+    key: jax.Array,
+) -> tuple[vdm.Params, Metrics]:
+    """:func:`gradient`, of each image on its own, clipped, with noise on the mean. What is reported has no noise.
+
+    Each image is a batch of one with a key of its own, so nothing in the loss can couple two of them.
+    """
+
+    def of_one(image: Array, label: Array | None, key: jax.Array) -> tuple[vdm.Params, Metrics]:
+        return gradient(graph, config, params, image[None], None if label is None else label[None], key)
+
+    keys = jax.random.split(jax.random.fold_in(key, 4), images.shape[0])
+    grads, metrics = jax.vmap(of_one)(images, labels, keys)
+    mean = private.noisy_mean(grads, clip=config.dp_clip, noise=config.dp_noise, key=jax.random.fold_in(key, 5))
+    return mean, jax.tree.map(jnp.mean, metrics)
+
+
 StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -339,8 +385,8 @@ def ema_decay(config: TrainConfig, k: Int[Array, ""] | int) -> Float[Array, ""]:
 def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
     """Build the training step: pure, to be jitted once with the state donated.
 
-    The key of a step is a function of the seed and the step's number, so a resumed run draws the same noise as one
-    that was never interrupted. The numbers of ``plan`` are the config's own unless others are given.
+    The key of a step is a function of the seed (or the secret) and the step's number, so a resumed run draws the same
+    noise as one that was never interrupted. The numbers of ``plan`` are the config's own unless others are given.
     """
     check(model, config)
     graph, own = vdm.graph_of(model), plan_of(config)
@@ -351,11 +397,16 @@ def make_step(model: vdm.VDMConfig, config: TrainConfig) -> StepFn:
         labels: Float[Array, "n k"] | None,
         plan: Plan = own,
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
-        # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again.
+        of_run = jax.random.key(plan.seed)
+        if plan.secret is not None:
+            of_run = jax.random.wrap_key_data(plan.secret, impl="threefry2x32")
+        key = jax.random.fold_in(of_run, state.step)
+        # The loss gets the step's key and splits it in two; fold_in of 0 or 1 would be these two again. 3 is the
+        # crop's, 4 and 5 are those of gradients with noise.
         images = augmentation.augment(jax.random.fold_in(key, 2), images, **augmentations(config))
         trained, measured = vdm.partition(graph, state.params)
-        grads, metrics = gradient(graph, config, state.params, images, labels, key)
+        of_batch = private_gradient if config.dp_noise else gradient
+        grads, metrics = of_batch(graph, config, state.params, images, labels, key)
         updates, opt_state = _optimiser(model, config, plan).update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = state.ema
@@ -390,13 +441,13 @@ class CompiledStep:
         return self.program.lower(state, images, labels, self.plan)
 
 
-def jit_step(model: vdm.VDMConfig, config: TrainConfig) -> CompiledStep:
+def jit_step(model: vdm.VDMConfig, config: TrainConfig, secret: int | None = None) -> CompiledStep:
     """:func:`make_step`, compiled, the old state's memory reused for the new.
 
     The program is kept: another call in the same process with the same settings, or with others of the plan, of the
     batch or of the components that are measured before the first step, compiles nothing.
     """
-    return CompiledStep(_program(model, _same_program(config)), plan_of(config))
+    return CompiledStep(_program(model, _same_program(config)), plan_of(config, secret))
 
 
 def new_state(model: vdm.VDMConfig, config: TrainConfig, sharding: jax.sharding.Sharding | None = None) -> TrainState:
@@ -407,7 +458,7 @@ def new_state(model: vdm.VDMConfig, config: TrainConfig, sharding: jax.sharding.
 def _same_program(config: TrainConfig) -> TrainConfig:
     """The config with all that does not change the program of a step at its default."""
     default = TrainConfig()
-    free = (*Plan._fields, "batch_size", "basis_copies")
+    free = (*_NUMBERS, "batch_size", "basis_copies")
     return replace(config, **{name: getattr(default, name) for name in free})
 
 

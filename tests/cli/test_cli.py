@@ -184,6 +184,7 @@ OTHER_VALUES: dict[str, Any] = {
     "adam_eps": 1e-7,
     "weight_decay": 0.031,
     "clip_norm": 3.5,
+    "dp_clip": 0.25,
     "ema_decay": 0.77,
     "label_dropout": 0.33,
     "gradient_difference_weight": 0.125,
@@ -232,6 +233,7 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
             "reduce",
             "stages",
             "noise_weight",
+            "dp_noise",
         ),
     }
     words = [text for name, value in OTHER_VALUES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -268,6 +270,10 @@ def test_crop_and_cascade_reach_the_config(monkeypatch: pytest.MonkeyPatch) -> N
     config, _ = caught_config(monkeypatch, *words)
     assert (config.training.crop, config.training.noise_weight) == (40, 2.0)
     assert (config.model.reduce, config.model.stages) == (8, 3)
+
+
+def test_noise_on_gradients_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert caught_config(monkeypatch, "--dp-noise", "1.5", "--out", "x")[0].training.dp_noise == 1.5
 
 
 def test_the_objective_of_the_schedule_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
