@@ -40,8 +40,8 @@ lasts until n is about d, where the plain distance is blind from :math:`n \appro
 compare with models that were trained without the image (Carlini et al., 2022).
 
 In the first two games D of a member is independent of D of another point in the *same* fit: the members' D depend on
-the points up to an affine map only, the fit is complete and sufficient, so they are independent of the fit (Basu). So
-AUC and TPR of one fit have these values on average.
+the points up to a shift (or an affine map) only, the fit is complete and sufficient, so they are independent of the fit
+(Basu). So the AUC of one fit has this value on average.
 
 Sources: Homer et al. (2008) and Sankararaman et al. (2009), membership by means; Gnanadesikan and Kettenring (1972),
 the Beta law; Hotelling (1931); Yeom et al. (2018), the advantage TPR - FPR.

@@ -63,7 +63,7 @@ def test_of_a_fitted_mean_everything_has_a_formula(n: int, d: int) -> None:
 
 
 def test_limits() -> None:
-    """Many points give nothing away; hardly more points than dimensions, everything; S known or of many points, alike."""
+    """Many points give nothing away, hardly more than dimensions everything; a known S is as one of many points."""
     for name in ("mean_fitted", "covariance_fitted", "law_known"):
         areas = [getattr(membership, name)(n, 10).auc() for n in (13, 100, 1000, 100_000)]
         assert areas == sorted(areas, reverse=True) and areas[-1] == pytest.approx(0.5, abs=5e-3), name

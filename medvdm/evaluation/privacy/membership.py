@@ -379,7 +379,8 @@ def membership(
         ``headline``, which that is; ``gammas``; ``notes``; and for each of :data:`QUESTIONS` the attacks ``bound``,
         ``over_yardstick``, ``level`` (with its ``gamma``), ``all_levels`` and ``likelihood_ratio``, each as
         :func:`attack` returns it. None where a group lacks patients, or no yardstick or ratios are given. The error of
-        the AUC of ``all_levels`` is stretched by :data:`STRETCH`.
+        the AUC of ``all_levels`` is stretched by :data:`STRETCH`; the intervals of its rates take the regressions as
+        given.
 
     Raises:
         InputError: arrays that do not fit together, an unknown group, or numbers that are not finite.

@@ -1,13 +1,10 @@
-r"""What the files of a run give away by themselves, with no model asked: components, and the optimiser's state.
+r"""What principal components in the files of a run give away by themselves, with no model asked.
 
 A run keeps the mean and k principal components of training images (``baselines.npz``, and the ``basis`` of a
 linear-start model). These are sums of training images. With :math:`k = n - 1` components of n images, every training
 image lies in their span, and no other image does: :func:`residuals` tells them apart without an error. And the Gaussian
 with these moments has seen nobody else, so it completes a training image of which a part is known
 (:func:`complete`): who holds half of a patient's image gets the other half. Both end where n is many times k.
-
-Adam's first moment is a mean of the gradients of the last steps, each of which is a sum over images
-(:func:`adam_trace`). A checkpoint that keeps it knows the last batches; final weights alone have forgotten them.
 """
 
 from __future__ import annotations
@@ -15,21 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.flatten_util import ravel_pytree
 
 from medvdm.errors import InputError
 from medvdm.evaluation.components import exact_components
 from medvdm.evaluation.privacy.membership import attack
-from medvdm.models import vdm
-from medvdm.training.step import TrainConfig, TrainState, gradient
 
 RIDGE = 0.1  #: noise of each pixel, as a share of the last published variance; those not published are below that
-
-# --- Components ---------------------------------------------------------------------------------------------------
 
 
 def residuals(images: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:
@@ -194,45 +183,3 @@ def _pixels(known: np.ndarray, images: np.ndarray) -> np.ndarray:
             f"known: {int(known.sum())} pixels of a mask {known.shape}; expected a part of {images.shape[1:3]}"
         )
     return np.repeat(known.reshape(-1), images.shape[3])
-
-
-# --- The optimiser's state ----------------------------------------------------------------------------------------
-
-
-def adam_trace(
-    model: vdm.VDMConfig,
-    config: TrainConfig,
-    state: TrainState,
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-    *,
-    draws: int = 8,
-    seed: int = 0,
-) -> np.ndarray:
-    """Cosine of each image's own gradient with Adam's first moment, (n,): higher for an image of the last 1 / (1 - b1)
-    steps.
-
-    The gradient is that of the training loss at the final weights, the mean over draws of time and noise, which are the
-    same for all images, less the mean gradient of all these images: what all images ask for says nothing about one.
-
-    Args:
-        model, config, state: of the run; the state with its optimiser.
-        images: (n, h, w, c) as the model takes them, candidates of both kinds.
-        labels: (n, k) multi-hot, for a conditional model.
-        draws: for each image.
-        seed: of the draws.
-    """
-    graph = vdm.graph_of(model)
-    keys = jax.random.split(jax.random.key(seed), draws)
-
-    @jax.jit
-    def of_one(params: vdm.Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        label = None if label is None else label[None]
-        one = lambda key: ravel_pytree(gradient(graph, config, params, x[None], label, key)[0])[0]  # noqa: E731
-        return jnp.mean(jax.lax.map(one, keys), axis=0)
-
-    moment = np.asarray(ravel_pytree(optax.tree_utils.tree_get(state.opt_state, "mu"))[0], np.float64)
-    given = [None] * len(images) if labels is None else np.asarray(labels, np.float32)
-    own = np.stack([of_one(state.params, x, label) for x, label in zip(images, given, strict=True)]).astype(np.float64)
-    own -= own.mean(axis=0)
-    return own @ moment / (np.linalg.norm(own, axis=1) * np.linalg.norm(moment))

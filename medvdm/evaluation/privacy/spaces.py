@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = 64
 MOST = 1000  #: training images that components and encoder are fitted on
-PAIRS = 400  #: of each kind, for the curves
+PAIRS = 300  #: of one patient, for the curves; of different patients five times as many
 
 
 def summary(
@@ -109,12 +109,12 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _pair_rows(shelf: Shelf, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (k, 2) of images of one patient, and of different patients; at most :data:`PAIRS` and twenty times that."""
+    """Pairs (k, 2) of images of one patient, and of different patients; at most :data:`PAIRS` and five times that."""
     i, j = np.triu_indices(len(shelf), 1)
     same = shelf.patients[i] == shelf.patients[j]
     rng = np.random.default_rng(seed)
     pick = lambda rows, most: rows[np.sort(rng.permutation(len(rows))[:most])]  # noqa: E731
-    chosen = pick(np.flatnonzero(same), PAIRS), pick(np.flatnonzero(~same), 20 * PAIRS)
+    chosen = pick(np.flatnonzero(same), PAIRS), pick(np.flatnonzero(~same), 5 * PAIRS)
     return tuple(np.stack([i[rows], j[rows]], axis=1) for rows in chosen)
 
 

@@ -6,7 +6,6 @@ import json
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +18,6 @@ from medvdm.evaluation import components, held_out
 from medvdm.evaluation.privacy import membership
 from medvdm.evaluation.statistics import auc
 from medvdm.models import cascade, vdm
-from medvdm.theory import gaussian
 from medvdm.theory import membership as game
 
 UNET = {
@@ -130,7 +128,7 @@ def test_an_attack_on_a_fitted_gaussian_reaches_the_closed_form() -> None:
     expected = [closed.auc(), *(closed.tpr(rng.beta(k, 1000 - k, 4000)).mean() for k in (10, 1))]
     error = np.std(found, axis=0, ddof=1) / np.sqrt(fits)
     assert (np.abs(np.mean(found, axis=0) - expected) < 4 * error).all()
-    assert expected[0] > 0.98 and error.max() < 0.04
+    assert expected[0] > 0.96 and error.max() < 0.04
 
 
 def drawn(seed: int, shift: float, patients: int, per: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -261,7 +259,7 @@ def test_shadow_models_bring_the_plain_distance_near_to_the_best_test() -> None:
 
 
 def test_shadows_of_halves_of_one_pool_know_the_rest_of_the_pool() -> None:
-    """A mean of half a pool varies half as much, and so the area is near Phi(sqrt(d / n)), above the best of fresh ones.
+    """A mean of half a pool varies half as much, and so the area is near Phi(sqrt(d / n)), above that of fresh ones.
 
     The mean over 12 unrelated pools, within 4 standard errors and 0.02 for the finite number of shadows.
     """
@@ -347,7 +345,7 @@ def made(seed: int, person: float, image: float) -> tuple[np.ndarray, ...]:
 def test_memory_of_a_person_and_of_an_image_are_told_apart() -> None:
     ask = {"gammas": [-4.0, 0.0, 4.0]}
     person = membership.membership(*made(0, 0.5, 0.0), **ask)
-    image = membership.membership(*made(0, 0.0, 0.5), **ask)
+    image = membership.membership(*made(0, 0.0, 0.5), **ask, ratio=np.arange(450.0)[::-1])
     area = lambda found, question: found[question]["all_levels"]["auc_interval"]  # noqa: E731
     for question in ("member_vs_held_out", "other_day_vs_held_out"):
         assert area(person, question)[0] > 0.7, question
@@ -361,5 +359,4 @@ def test_memory_of_a_person_and_of_an_image_are_told_apart() -> None:
     assert parts["level"]["members"] + parts["level"]["others"] == 150, "judged on the other half"
     assert parts["all_levels"]["patients"]["members"] == 50
     assert image["tpr_at_1pct_fpr"] == parts["all_levels"]["tpr_at_1pct_fpr"]
-    ratio = membership.membership(*made(0, 0.0, 0.5), **ask, ratio=np.arange(450.0)[::-1])
-    assert ratio["member_vs_held_out"]["likelihood_ratio"]["auc"] == 1
+    assert parts["likelihood_ratio"]["auc"] == 1 and parts["over_yardstick"] is None
