@@ -343,7 +343,9 @@ def test_resume_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
         (["--guidance", "nan", "--label", "Pneumonia"], ["guidance: nan"]),
         (["--guidance", "strong"], ["--guidance", "'strong'"]),
         (["--out", "{}/images.jpg"], ["images.jpg", ".png"]),
-        (["--out", "{}/images"], ["images", ".npz"]),
+        (["--out", "{}/images.d"], ["images.d", ".npz"]),
+        (["--out", "{}/file"], ["file: is a file", "folder"]),
+        (["--out", "{}/nowhere/images/"], ["nowhere"]),
         (["--out", "{}/nowhere/images.npz"], ["nowhere"]),
         (["--out", "{}/folder.npz"], ["folder.npz"]),
     ],
@@ -352,6 +354,7 @@ def test_sample(
     options: list[str], names: list[str], trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
     before = tree(tmp_path)
     options = [option.format(tmp_path) for option in options]
     refused(capfd, "sample", trained.path, "--out", tmp_path / "images.npz", *options, names=names)
