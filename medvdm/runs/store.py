@@ -71,7 +71,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
 CONFIG, BASELINES, GAUSSIAN = "config.json", "baselines.npz", "gaussian.npz"
 CHECKPOINTS, BEST = "checkpoints", "best"
 METRICS, EVALUATIONS, RESULTS, CARD = "metrics.jsonl", "evaluations.jsonl", "results", "MODEL_CARD.md"
-AUDITS, HELD_OUT, LOCK = "audits", "held_out", ".lock"
+AUDITS, HELD_OUT, PRIVACY, LOCK = "audits", "held_out", "privacy", ".lock"
 
 
 def check_writable(folder: Path) -> None:
