@@ -587,7 +587,8 @@ Every file of samples that medvdm writes says that it is synthetic, and from whi
 - `.png`: text chunks (`Comment`, `{PROVENANCE_CHUNK}`) and the IPTC digital source type `trainedAlgorithmicMedia`;
 - `.dcm`: Synthetic Data (0008,001C) is YES; image comments, derivation and a private block of `medvdm` say the rest.
 
-`medvdm verify FILE...` reads them. The statement is: "{SYNTHETIC}" Keep the marks when the files are passed on; converting a file can remove them."""
+`medvdm verify FILE...` reads them. The statement is: "{SYNTHETIC}" Keep the marks when the files are passed on;
+converting a file can remove them."""
 
 
 def _release(record: Mapping[str, Any]) -> list[str]:
