@@ -253,7 +253,8 @@ def marks_table(found: Sequence[dict[str, Any]], caution: str) -> str:
         answer = _ANSWERS[one["synthetic"]] if one["marks"] else "no mark found, which proves nothing"
         lines.append(f"{one['file']}: {answer}")
         known = {name: one["provenance"].get(name) for name in _SHOWN}
-        origin = ", ".join(f"{n} {v}" for n, v in known.items() if v not in (None, "", []))
+        known = {n: " and ".join(map(str, v)) if isinstance(v, list) else v for n, v in known.items()}
+        origin = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in known.items() if v not in (None, ""))
         for title, text in (("says", one["statement"]), ("from", origin), ("marks", "; ".join(one["marks"]))):
             clean = "".join(c if c.isprintable() else " " for c in text)[:400]
             indent = f"  {title:<6} "
