@@ -361,6 +361,33 @@ def test_sample(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["verify"], ["FILE: none given"]),
+        (["verify", "--json"], ["FILE: none given"]),
+        (["verify", "a.png", "--jsn"], ["--jsn", "--json"]),
+        (["export", "{run}"], ["--out"]),
+        (["export", "{run}", "--out", ""], ["out: ''"]),
+        (["export", "{run}", "--out", "{here}/full"], ["full", "holds something already"]),
+        (["export", "{run}", "--out", "{run}"], ["holds something already"]),
+        (["export", "{run}", "--out", "{here}/full/file"], ["file", "is a file"]),
+        (["export", "{run}", "--out", "{here}/no/where"], ["no is not there"]),
+        (["export", "{here}/no", "--out", "{here}/out"], ["config.json: not found"]),
+        (["export", "{run}", "--out", "{here}/out", "--step", "3"], ["no checkpoint of step 3"]),
+        (["export", "{run}", "--out", "{here}/out", "--step", "bets"], ["--step", "'bets'"]),
+    ],
+)
+def test_verify_and_export(
+    arguments: list[str], names: list[str], trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = tree(tmp_path)
+    refused(capfd, *(word.format(run=trained.path, here=tmp_path) for word in arguments), names=names)
+    assert tree(tmp_path) == before
+
+
 def test_sample_without_out(trained: Trained, capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "sample", trained.path, names=["--out"])
 
