@@ -149,7 +149,7 @@ def test_the_card_and_a_note_tell_of_a_privacy_audit_and_of_canaries(run: Path, 
     made = export(run, tmp_path / "b")
     assert [one.split(",")[0] for one in made.notes] == ["canaries were planted into the training images"]
     card = (tmp_path / "b" / CARD).read_text("utf8")
-    assert f"Privacy audit ({STEPS}): no leak was found" in card and "0.123456789" not in card
+    assert "- no leak was found" in card and f"step {STEPS}" in card and "0.123456789" not in card
     assert "Note: canaries were planted" in card
 
 
