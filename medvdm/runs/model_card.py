@@ -104,7 +104,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _short(record, data),
         _results(record, data),
         *_audits(record),
-        _privacy(record),
+        _kept(record),
         _USE,
         _limits(record, data),
         _data(data),
@@ -600,7 +600,7 @@ Nothing here says whether a sample is anatomically right, and a large distance t
 proof that nothing was memorised."""
 
 
-def _privacy(record: Mapping[str, Any]) -> str:
+def _kept(record: Mapping[str, Any]) -> str:
     """What privacy audits found, in their own words, or that there was none."""
     audits = list(record.get("privacy_audits") or ())
     if not audits:
@@ -611,8 +611,9 @@ def _privacy(record: Mapping[str, Any]) -> str:
     text = "## What it kept of its training images"
     for one in audits:
         weights = {"ema": "averaged weights", "raw": "raw weights"}.get(one.get("weights"), "weights not recorded")
+        samples = "samples of " if one.get("sampling") else "samples that were given, and the weights of "
         text += (
-            f"\n\n{_count(one.get('num_samples'))} samples of step {_count(one.get('step'))}, {weights}, against"
+            f"\n\n{_count(one.get('num_samples'))} {samples}step {_count(one.get('step'))}, {weights}, against"
             f" {_count(one.get('num_train'))} training and {_count(one.get('num_held_out'))} held-out images:\n\n"
             + _bullets(_inline(line) for line in one.get("verdict") or ())
         )
