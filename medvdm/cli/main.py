@@ -261,9 +261,8 @@ def _audit(argv: list[str]) -> int:
     args = parse(Audit, argv, "audit")
     if args.privacy:
         return _audit_privacy(args)
-    for name in ("samples", "train", "held_out", "patient_pattern", "image_size", "work"):
-        if (value := getattr(args, name)) is not None:
-            raise InputError(f"--{name.replace('_', '-')}: {value}; used with --privacy only")
+    _unused(args, "samples train held_out patient_pattern image_size work", "used with --privacy only")
+    _unused(args.privacy_settings, "", "used with --privacy only")
     if args.run is None:
         raise InputError("RUN: missing; expected the folder of the run")
 
@@ -279,14 +278,30 @@ def _audit(argv: list[str]) -> int:
     return 0
 
 
+def _unused(options: Any, names: str, why: str) -> None:
+    """Refuse options, by default all, that differ from their defaults where they would not be heeded."""
+    start = type(options)()
+    for name in names.split() or [field.name for field in dataclasses.fields(options)]:
+        if (value := getattr(options, name)) != getattr(start, name):
+            raise InputError(f"--{name.replace('_', '-')}: {value}; {why}")
+
+
 def _audit_privacy(args: Any) -> int:
     from medvdm.cli.tables import privacy_table
     from medvdm.runs.config import SampleConfig, settings
     from medvdm.runs.privacy import audit_folders, audit_privacy, read_folders
     from medvdm.runs.run import load
 
-    if args.run is not None and args.work is not None:
-        raise InputError(f"--work: {args.work}; used without a run only, which keeps what is finished in its folder")
+    _unused(args.processes, "", "a privacy audit is one process")
+    _unused(args.audit, "split", "used without --privacy only, which takes all held-out images")
+    if args.run is None:
+        _unused(args, "ema step data_dir", "used with a run only")
+    else:
+        _unused(args, "work", "used without a run only, which keeps what is finished in its folder")
+    if args.run is None or args.samples is not None:
+        _unused(args.audit, "", "used where samples are drawn from the run only")
+    if args.train is None and args.held_out is None:
+        _unused(args, "patient_pattern", "used with --train and --held-out only")
     run = None if args.run is None else load(args.run, ema=args.ema, step=args.step)
     size = args.image_size
     if run is not None:

@@ -618,8 +618,9 @@ def _kept(record: Mapping[str, Any]) -> str:
     text = "## What it kept of its training images"
     for one in audits:
         weights = {"ema": "averaged weights", "raw": "raw weights"}.get(one.get("weights"), "weights not recorded")
+        samples = "samples of " if one.get("sampling") else "samples that were given, and the weights of "
         text += (
-            f"\n\n{_count(one.get('num_samples'))} samples of step {_count(one.get('step'))}, {weights}, against"
+            f"\n\n{_count(one.get('num_samples'))} {samples}step {_count(one.get('step'))}, {weights}, against"
             f" {_count(one.get('num_train'))} training and {_count(one.get('num_held_out'))} held-out images:\n\n"
             + _bullets(_inline(line) for line in one.get("verdict") or ())
         )

@@ -12,8 +12,8 @@ Four questions, each with its own numbers and its own controls:
 
 Nothing here certifies anything: a test that finds nothing has found nothing.
 
-Each part that is finished is kept in a folder (``privacy/.parts-...`` in the run's, or ``--work``), so an audit that
-was killed goes on where it was. The folder goes away when the result is written.
+Each part that is finished is kept in a folder (``privacy/.parts-...`` in the run's, or in ``--work``), so an audit that
+was killed goes on where it was. The folder goes away when the result is there, and where the input is refused.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from medvdm import data as data_
 from medvdm.data import DataConfig, ImageData, planted
-from medvdm.errors import DataError, InputError
+from medvdm.data.convert import resize
+from medvdm.errors import DataError, InputError, MissingFileError
 from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import canaries, controls, membership, published, verdict
 from medvdm.evaluation.privacy.copies import Keep, Shelf, audit_copies
@@ -45,7 +47,7 @@ from medvdm.runs.config import PrivacyConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.record import version
 from medvdm.runs.run import Run, as_seen, changed, load_data
-from medvdm.runs.sample import sample
+from medvdm.runs.sample import drawer
 from medvdm.runs.store import PRIVACY, atomic, check_writable, write_json
 
 DEFAULTS, SAMPLING = PrivacyConfig(), SampleConfig(num=256)
@@ -84,36 +86,42 @@ def audit_privacy(
         ``controls``, ``verdict`` (lines of text), ``notes``, and where the samples come from.
 
     Raises:
-        InputError: an unknown setting, or too few images to calibrate on.
-        RunError: data that the run was not trained on.
+        InputError: a setting that cannot be used, too few images to calibrate on, or folders that do not fit the run.
+        RunError: data that the run was not trained on, or a conditional model whose null was not trained.
     """
     names = {f.name for f in dataclasses.fields(PrivacyConfig)}
     config = settings(config, {k: v for k, v in changes.items() if k in names})
     sampling = settings(sampling, {k: v for k, v in changes.items() if k not in names})
     if jax.process_count() > 1:
         raise InputError(f"num_processes: {jax.process_count()}; expected 1 for a privacy audit")
+    run.require_trained(null=True)
     if save:
         check_writable(run.path / PRIVACY)
-    own = folders is None or folders.train is None
+    given = Folders() if folders is None else folders
+    _check_given(run, given)
+    own = given.train is None
     data = load_data(run, data_dir=data_dir) if data is None and own else data
     if data is not None and data.fingerprint() != run.record["data"]["fingerprint"]:
         raise changed(run)
-    about = run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config))
+    digests = given.digests()
+    about = run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config), **digests)
     with _parts(run.path / PRIVACY if save else None, about) as keep:
-        train, held_out, other_day = _groups(run, data, data_dir, folders)
-        samples = (
-            folders.samples if folders is not None and folders.samples is not None else _drawn(run, sampling, keep)
-        )
+        train, held_out, other_day = _groups(run, data if own else None, data_dir, given)
+        samples = _drawn(run, sampling, keep) if given.samples is None else given.samples
         result = _copies(samples, train, held_out, config, keep)
         result["membership"] = _membership(run, train, held_out, other_day, config, keep)
         result["canaries"] = _canaries(run, config, keep) if own else None
         result["published"] = _published(run, train, held_out, config)
-    result = {**run.provenance(), "sampling": dataclasses.asdict(sampling), **_finished(result, config)}
-    if save:
-        (run.path / PRIVACY).mkdir(exist_ok=True)
-        name = f"{run.step}-{run.weights}-{len(samples)}x{sampling.steps}-seed{sampling.seed}"
-        write_json(run.path / PRIVACY / f"{name}.json", result)
-        renew_card(run.path)
+        result["notes"] = [*given.notes, *result["notes"]]
+        drawn = dataclasses.asdict(sampling) if given.samples is None else None
+        result = {**run.provenance(), "sampling": drawn, **_finished(result, config)}
+        if save:
+            (run.path / PRIVACY).mkdir(exist_ok=True)
+            words = [str(run.step), run.weights, f"{len(samples)}x{sampling.steps}", f"seed{sampling.seed}"]
+            name = "-".join(words if given.samples is None else [*words[:2], f"{len(samples)}given"])
+            name = "-".join([name, *(f"{place}-{digest[:8]}" for place, digest in digests.items())])
+            write_json(run.path / PRIVACY / f"{name}.json", result)
+            renew_card(run.path)
     return result
 
 
@@ -126,6 +134,11 @@ class Folders:
     held_out: Shelf | None = None
     notes: tuple[str, ...] = ()
 
+    def digests(self) -> dict[str, str]:
+        """A short hash of what is given, by its name."""
+        given = {name: getattr(self, name) for name in ("samples", "train", "held_out")}
+        return {name: _digest(shelf) for name, shelf in given.items() if shelf is not None}
+
 
 def read_folders(
     samples: str | None,
@@ -137,7 +150,8 @@ def read_folders(
 ) -> Folders:
     """The images of an audit by folders, each as :mod:`medvdm.data.folder` reads them, whatever its sub-folders say.
 
-    Samples and held-out images are brought to the size of the training images, which is noted.
+    Samples and held-out images are brought to the size of the training images, which is noted. An image of which
+    nothing says whose it is counts as a patient of its own, also where an image of another folder has the same name.
 
     Args:
         samples: folder of samples, or an .npz file with ``images``.
@@ -156,11 +170,15 @@ def read_folders(
         if place is None:
             return None
         if what == "samples" and place.endswith(".npz"):
-            found = _archive(local_path(place, what))
+            found = _archive(local_path(place, what), size)
         else:
             found = data_.load(DataConfig(data="folder", data_dir=place, patient_pattern=pattern, image_size=size))
         notes.extend(f"{what}: {note}" for note in found.notes)
-        return Shelf.from_data(found, np.arange(len(found)))
+        shelf = Shelf.from_data(found, np.arange(len(found)))
+        if pattern is not None:
+            return shelf
+        people = [f"{what}: {who}" if who == name else who for who, name in zip(found.patients, found.ids, strict=True)]
+        return dataclasses.replace(shelf, patients=np.array(people))
 
     of_train = shelf("train", train, patient_pattern, image_size)
     if of_train is not None and image_size is None:
@@ -195,9 +213,10 @@ def audit_folders(
     for name in ("samples", "train", "held_out"):
         if getattr(folders, name) is None:
             raise InputError(f"{name}: missing; expected a folder of images, since there is no run to take them from")
-    about = {name: _digest(getattr(folders, name)) for name in ("samples", "train", "held_out")}
-    about |= dataclasses.asdict(config)
-    with _parts(None if work is None else local_path(work, "work"), about) as keep:
+    work = None if work is None else local_path(work, "work")
+    if work is not None and work.exists() and not work.is_dir():
+        raise InputError(f"work: {work} is a file; expected a folder, or nothing")
+    with _parts(work, {**folders.digests(), **dataclasses.asdict(config)}) as keep:
         result = _copies(folders.samples, folders.train, folders.held_out, config, keep)
     result |= {"membership": None, "canaries": None, "published": None}
     result["notes"] = [*folders.notes, *result["notes"], "no run: membership cannot be attacked without the weights"]
@@ -213,18 +232,26 @@ def _copies(samples: Shelf, train: Shelf, held_out: Shelf, config: PrivacyConfig
     return result
 
 
+def _check_given(run: Run, given: Folders) -> None:
+    """Refuse folders that do not fit the run."""
+    if given.train is not None and given.held_out is None:
+        raise InputError("held_out: missing; expected a folder of images of other patients beside that of train")
+    for name in ("samples", "train", "held_out"):
+        shelf = getattr(given, name)
+        if shelf is not None and (shape := shelf.read(np.arange(1)).shape[1:]) != run.config.model.image_shape:
+            found, expected = ("x".join(map(str, one)) for one in (shape, run.config.model.image_shape))
+            raise InputError(f"{name}: images of {found}; expected those of the run, {expected}")
+
+
 def _groups(
-    run: Run, data: ImageData | None, data_dir: str | None, folders: Folders | None
+    run: Run, data: ImageData | None, data_dir: str | None, given: Folders
 ) -> tuple[Shelf, Shelf, Shelf | None]:
     """Training images, held-out images, and other images of training patients, as the run's model knows them."""
-    given = Folders() if folders is None else folders
     train, held_out, other_day = given.train, given.held_out, None
     if data is not None:
         seen = as_seen(run, data)
-        if train is None:
-            real = ~planted.is_canary(data)
-            train = Shelf.from_data(seen, np.flatnonzero((data.splits == "train") & real))
-            other_day = _other_day(run, data_dir)
+        train = Shelf.from_data(seen, np.flatnonzero((data.splits == "train") & ~planted.is_canary(data)))
+        other_day = _other_day(run, data_dir)
         if held_out is None:
             held_out = Shelf.from_data(seen, np.flatnonzero(data.splits != "train"))
     return train, held_out, other_day
@@ -242,9 +269,19 @@ def _other_day(run: Run, data_dir: str | None) -> Shelf | None:
 
 
 def _drawn(run: Run, sampling: SampleConfig, keep: Keep) -> Shelf:
-    """Samples of the run, drawn and kept batch by batch; sample i of a seed is the same however many are drawn."""
-    images = keep("samples", lambda: {"images": sample(run, config=sampling).images})["images"]
-    return Shelf.from_arrays(images, names=[f"sample {i}" for i in range(len(images))])
+    """Samples of the run. A batch is drawn when one of it is first read, and kept; one at a time is in memory."""
+    draw, size = drawer(run, sampling), min(sampling.num, sampling.batch_size)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *run.config.model.image_shape), np.float32)
+        for number in np.unique(rows // size).tolist():
+            of_batch = rows // size == number
+            batch = keep(f"drawn-{number}", lambda number=number: {"images": draw(number)})["images"]
+            images[of_batch] = batch[rows[of_batch] % size]
+        return images
+
+    names = [f"sample {i}" for i in range(sampling.num)]
+    return Shelf(read, np.array(names), names)
 
 
 def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: PrivacyConfig, keep: Keep) -> Any:
@@ -269,7 +306,7 @@ def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: Privacy
 
 def _gammas(run: Run, config: PrivacyConfig) -> np.ndarray:
     """Noise levels from gamma(0) to gamma(1) of the run's schedule, spread evenly."""
-    return np.linspace(*np.asarray(run.model.gamma(np.array([0.0, 1.0], np.float32)), np.float64), config.levels)
+    return np.linspace(*np.asarray(run.model.gamma(jnp.array([0.0, 1.0])), np.float64), config.levels)
 
 
 def _yardstick(images: np.ndarray) -> np.ndarray:
@@ -295,7 +332,6 @@ def _for_model(run: Run, images: np.ndarray) -> np.ndarray:
 def _membership(
     run: Run, train: Shelf, held_out: Shelf, other_day: Shelf | None, config: PrivacyConfig, keep: Keep
 ) -> dict[str, Any]:
-    run.require_trained(null=True)
     groups = {"member": train, "held_out": held_out, "other_day": other_day}
     losses, group, patients = [], [], []
     gammas = _gammas(run, config)
@@ -339,14 +375,19 @@ def _canaries(run: Run, config: PrivacyConfig, keep: Keep) -> dict[str, Any] | N
     return canaries.summary(copies, every[:, 0], every[:, 1:])
 
 
-def _published(run: Run, train: Shelf, held_out: Shelf, config: PrivacyConfig) -> dict[str, Any]:
-    """What mean image and components give away, of the baselines' file and of a model that holds some itself."""
+def _published(run: Run, train: Shelf, held_out: Shelf, config: PrivacyConfig) -> dict[str, Any] | None:
+    """What mean image and components give away, of the baselines' file and of a model that holds some itself.
+
+    None where there are fewer patients than the attack needs.
+    """
     spaces = {"baselines.npz": (run.baselines.mean, run.baselines.components, run.baselines.variances)}
     if "basis" in run.params:
         spaces["weights"] = tuple(np.asarray(run.params["basis"][name]) for name in ("mean", "components", "variances"))
     rows = [np.rint(np.linspace(0, len(s) - 1, min(config.images, len(s)))).astype(int) for s in (train, held_out)]
     images = [shelf.read(r) for shelf, r in zip((train, held_out), rows, strict=True)]
     patients = [shelf.patients[r] for shelf, r in zip((train, held_out), rows, strict=True)]
+    if min(len(set(who.tolist())) for who in patients) < membership.LEAST:
+        return None
     return {
         name: published.components_give(
             *images, *space, patients=patients[0], held_out_patients=patients[1], seed=config.audit_seed
@@ -372,17 +413,29 @@ def _finished(result: dict[str, Any], config: PrivacyConfig) -> dict[str, Any]:
 @contextmanager
 def _parts(folder: Path | None, about: dict[str, Any]) -> Iterator[Keep]:
     """Keeps each part's arrays until the audit is through; a folder that ``about`` names, so parts of others are not
-    taken. Without a folder they are kept nowhere beyond the audit."""
+    taken. Without a folder they are kept nowhere beyond the audit.
+
+    Whoever has to mend the input will not come back to these parts, so nothing is left of a refusal.
+    """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield _keeper(Path(temporary))
         return
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = folder / f".parts-{key}"
-    parts.mkdir(exist_ok=True)
-    yield _keeper(parts)
+    parts, is_new = folder / f".parts-{key}", not folder.exists()
+    try:
+        yield _keeper(parts)
+    except (InputError, DataError):
+        _remove(parts, is_new)
+        raise
+    _remove(parts, is_new)
+
+
+def _remove(parts: Path, with_its_folder: bool) -> None:
     shutil.rmtree(parts, ignore_errors=True)
+    if with_its_folder:
+        with suppress(OSError):  # it is not there, or holds something by now
+            parts.parent.rmdir()
 
 
 def _keeper(folder: Path) -> Keep:
@@ -394,6 +447,7 @@ def _keeper(folder: Path) -> Keep:
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
             pass  # not there, or damaged: once more
         found = compute()
+        folder.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             np.savez(file, **found)
         return found
@@ -401,17 +455,26 @@ def _keeper(folder: Path) -> Keep:
     return keep
 
 
-def _archive(path: Path) -> ImageData:
-    """Images of an .npz file as :func:`medvdm.runs.provenance.write_samples` writes it."""
+def _archive(path: Path, image_size: int | None) -> ImageData:
+    """Images of an .npz file as :func:`medvdm.runs.provenance.write_samples` writes it, brought to a size."""
     try:
         with np.load(path, allow_pickle=False) as found:
             images = found["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as problem:
+    except FileNotFoundError:
+        raise MissingFileError(f"samples: {path} is not there; expected an .npz file with 'images'") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
         raise InputError(f"samples: {path}: {problem}; expected an .npz file with 'images'") from None
-    return data_.from_arrays(images, name="samples")
+    data = data_.from_arrays(images, name="samples")
+    if image_size is None or data.image_shape[:2] == (image_size, image_size):
+        return dataclasses.replace(data, notes=())
+    small = np.stack([resize(data.read(np.array([i]))[0], image_size) for i in range(len(data))])
+    height, width, _ = data.image_shape
+    note = f"resized from {width} x {height} (width x height) to {image_size} x {image_size} pixels"
+    return dataclasses.replace(data_.from_arrays(small, name="samples"), notes=(note,))
 
 
 def _digest(shelf: Shelf) -> str:
-    """A short hash of a shelf's names and of a few of its images."""
+    """A short hash of a shelf's names and patients, and of a few of its images."""
     some = shelf.read(np.unique(np.linspace(0, len(shelf) - 1, 16).astype(int)))
-    return hashlib.sha256(json.dumps([list(map(str, shelf.names))]).encode() + some.tobytes()).hexdigest()[:16]
+    about = [list(map(str, shelf.names)), list(map(str, shelf.patients))]
+    return hashlib.sha256(json.dumps(about).encode() + some.tobytes()).hexdigest()[:16]

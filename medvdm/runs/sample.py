@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,19 @@ def sample_to(
         if first_process():
             shutil.rmtree(folder, ignore_errors=True)
     barrier("joined")
+
+
+def drawer(run: Run, config: SampleConfig) -> Callable[[int], np.ndarray]:
+    """Draws the batches of :func:`sample` one by one: gives the images (m, h, w, c) of the batch of a number from 0 on.
+
+    Batch b holds the samples from ``b * batch_size`` on.
+
+    Raises:
+        at the call, as :func:`sample`.
+    """
+    findings = findings_of(run, config, config.num)
+    _batches(run, config, findings, ())  # refuses what cannot be drawn, and draws nothing yet
+    return lambda number: next(_batches(run, config, findings, [number])).images
 
 
 def findings_of(run: Run, config: SampleConfig | InpaintConfig, n: int) -> np.ndarray:

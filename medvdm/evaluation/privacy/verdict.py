@@ -114,11 +114,15 @@ def _canaries(result: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     rows = "; ".join(
-        f"{row['exposure']:.1f} bits where planted {row['copies']} times (AUC {row['auc']:.2f})"
+        f"{row['exposure']:.1f} bits where planted {_times(row['copies'])} (AUC {row['auc']:.2f})"
         for row in found["by_copies"]
     )
     chance, most = found["exposure_chance"], found["exposure_most"]
     return [f"Of a canary's secret are exposed {rows}; by chance {chance:.1f} bits (AUC 0.50), at most {most:.1f}."]
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _percent(share: float) -> str:
