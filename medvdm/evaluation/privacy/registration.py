@@ -1,0 +1,172 @@
+r"""How alike two images are after one was laid over the other: shifted, mirrored, turned, zoomed and blurred.
+
+The similarity is the normalised correlation r of the pixels where both images are, so brightness and contrast do not
+count; the distance is :math:`\sqrt{1 - r}`, which is the Euclidean distance of the standardised images, over
+:math:`\sqrt 2` and the root of their number of pixels.
+
+* :func:`coarse`: all pairs of two sets, on images of 32 pixels, over shifts of up to 3 of them and both orientations:
+  a matrix product for each.
+* :func:`fine`: chosen pairs, on images of 64 pixels. From the coarse shift, Gauss-Newton steps on shift, zoom and
+  rotation maximise r; then the second image is blurred as far as that helps.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+COARSE, FINE = 32, 64  #: pixels of the longer side
+REACH = 3  #: coarse pixels of shift, to each side
+STEPS = 6  #: of Gauss-Newton
+SMOOTH = 1.0  #: deviation in fine pixels of the blur that a sample and a training image are both given
+LIMITS = np.array([9.0, 9.0, 0.07], np.float32)  #: of shift in fine pixels, and of the logarithm of the zoom
+BATCH = 256  #: pairs of a fine comparison at a time
+
+SHIFTS = [(dy, dx) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1)]
+
+
+def small(images: np.ndarray, side: int) -> np.ndarray:
+    """Images (n, h, w, c) as gray ones whose longer side has at most ``side`` pixels, by means over boxes: (n, h', w')."""
+    from PIL import Image
+
+    gray = np.asarray(images, np.float32).mean(axis=-1)
+    height, width = gray.shape[1:]
+    if max(height, width) <= side:
+        return gray
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in gray])
+
+
+class Coarse(NamedTuple):
+    """The best of all moves for each pair: (m, n) similarity, and the number of the move that gives it."""
+
+    similarity: np.ndarray
+    move: np.ndarray
+
+
+def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
+    """Compare m with n images of the same shape, from :func:`small`, over all shifts and both orientations."""
+    best = np.full((len(images), len(others)), -np.inf, np.float32)
+    move = np.zeros(best.shape, np.int16)
+    for flipped in (False, True):
+        turned = images[:, :, ::-1] if flipped else images
+        for number, (dy, dx) in enumerate(SHIFTS):
+            here = _standardised(_window(turned, dy, dx))
+            there = _standardised(_window(others, -dy, -dx))
+            found = here @ there.T
+            better = found > best
+            best[better] = found[better]
+            move[better] = number + flipped * len(SHIFTS)
+    return Coarse(best, move)
+
+
+def _window(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """The part of images that another set, shifted by (dy, dx), lies over."""
+    height, width = images.shape[1:]
+    return images[:, max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
+
+
+def _standardised(images: np.ndarray) -> np.ndarray:
+    rows = images.reshape(len(images), -1)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+class Fine(NamedTuple):
+    """Pairs after registration.
+
+    Attributes:
+        similarity: (n,) normalised correlation.
+        shift: (n, 2) down and to the right, as fractions of the longer side.
+        zoom, angle: (n,) magnification, and rotation in radians.
+        flipped: (n,) whether the first image was mirrored.
+        blur: (n,) deviation, in pixels of the fine images, with which the second was blurred.
+    """
+
+    similarity: np.ndarray
+    shift: np.ndarray
+    zoom: np.ndarray
+    flipped: np.ndarray
+
+
+def fine(images: np.ndarray, others: np.ndarray, move: np.ndarray, coarse_side: int) -> Fine:
+    """Register pairs of images (n, h, w), from :func:`small`, from the coarse ``move`` on.
+
+    Args:
+        images, others: the pairs.
+        move: (n,) numbers of moves from :func:`coarse`.
+        coarse_side: longer side of the images of the coarse comparison, in pixels.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    move = np.asarray(move, int)
+    flipped = move >= len(SHIFTS)
+    scale = max(images.shape[1:]) / coarse_side
+    start = np.array(SHIFTS, np.float32)[move % len(SHIFTS)] * scale
+    turned = np.where(flipped[:, None, None], images[:, :, ::-1], images)
+    turned, others = (gaussian_filter(one.astype(np.float32), (0, SMOOTH, SMOOTH)) for one in (turned, others))
+    parts = []
+    for first in range(0, len(move), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(move) - 1)  # one size: nothing is compiled anew
+        found = jax.device_get(_register(turned[rows], others[rows], start[rows]))
+        parts.append([part[: len(move) - first] for part in found])
+    similarity, moved = (np.concatenate(one) for one in zip(*parts, strict=True))
+    return Fine(
+        similarity=similarity,
+        shift=moved[:, :2] / max(images.shape[1:]),
+        zoom=np.exp(moved[:, 2]),
+        flipped=flipped,
+    )
+
+
+@jax.jit
+def _register(images: Array, others: Array, start: Array) -> tuple[Array, Array]:
+    """Similarity (n,), and shift and logarithm of the zoom (n, 3)."""
+    return jax.vmap(_register_one)(images, others, start)
+
+
+def _register_one(image: Array, other: Array, start: Array) -> tuple[Array, Array]:
+    first = jnp.concatenate([start, jnp.zeros(1)])
+
+    def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+        at, best, best_at = state
+        residual = lambda p: _residual(image, other, p)  # noqa: E731
+        r, jacobian = residual(at), jax.jacfwd(residual)(at)
+        similarity = 1 - 0.5 * jnp.sum(r**2)
+        better = similarity > best
+        best, best_at = jnp.where(better, similarity, best), jnp.where(better, at, best_at)
+        normal = jacobian.T @ jacobian
+        damped = normal + 1e-3 * jnp.diag(jnp.diag(normal)) + 1e-9 * jnp.eye(len(at))
+        moved = jnp.clip(at - jnp.linalg.solve(damped, jacobian.T @ r), -LIMITS, LIMITS)
+        return (jnp.where(jnp.all(jnp.isfinite(moved)), moved, best_at), best, best_at), None
+
+    (_, best, at), _ = jax.lax.scan(step, (first, jnp.array(-jnp.inf), first), None, length=STEPS)
+    return best, at
+
+
+def _laid_over(other: Array, at: Array) -> tuple[Array, Array]:
+    """The second image as it lies under the first, and 1 where it does."""
+    height, width = other.shape
+    cy, cx = (height - 1) / 2, (width - 1) / 2
+    y, x = jnp.meshgrid(jnp.arange(height) - cy, jnp.arange(width) - cx, indexing="ij")
+    y, x = (y - at[0]) / jnp.exp(at[2]) + cy, (x - at[1]) / jnp.exp(at[2]) + cx
+    inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
+    return jax.scipy.ndimage.map_coordinates(other, [y, x], order=1, mode="nearest"), inside.astype(other.dtype)
+
+
+def _residual(image: Array, other: Array, at: Array) -> Array:
+    """Difference of the two standardised images where both are; its squared length is 2 - 2 r."""
+    laid, inside = _laid_over(other, at)
+    inside = jax.lax.stop_gradient(inside)
+    return (_unit(image, inside) - _unit(laid, inside)).ravel()
+
+
+def _unit(image: Array, inside: Array) -> Array:
+    centred = (image - jnp.sum(image * inside) / jnp.maximum(jnp.sum(inside), 1.0)) * inside
+    return centred / jnp.sqrt(jnp.maximum(jnp.sum(centred**2), 1e-8))
