@@ -1,4 +1,4 @@
-"""Sets of images of which it is known whether they hold copies: run beside every audit, they say whether it can be relied on.
+"""Sets of images of which it is known whether they hold copies: run beside every audit, to say if it can be trusted.
 
 Must be found: training images with light noise, mirrored, shifted; draws of a model that has learnt twenty images by
 heart; draws of a kernel density of the training images. Must be clean: held-out images, as they are and blurred.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medvdm.evaluation.privacy.copies import Keep, Shelf, _under, calibrate, measure, now
+from medvdm.evaluation.privacy.copies import Keep, Shelf, calibrate, flagged, measure, now, reduced, under
 
 NUM = 100  #: images of each control
 LEAST = 0.5  #: share of a control that must be found
@@ -100,15 +100,17 @@ def run_controls(
         least half of them found; or none called.
     """
     people = np.unique(held_out.patients)
-    half = set(np.random.default_rng(seed).permutation(people)[: len(people) // 2].tolist())
-    first = np.array([p in half for p in held_out.patients])
+    half = np.random.default_rng(seed).permutation(people)[: len(people) // 2]
+    first = np.isin(held_out.patients, half)
     null, fresh = held_out.take(np.flatnonzero(first)), held_out.take(np.flatnonzero(~first))
-    of_null = measure(null, train, keep=_under("control-null", keep))
+    of_train = reduced(train, "train", keep=keep)
+    of_null = measure(reduced(null, "control-null", keep=keep), of_train, keep=under("control-null", keep))
     out = {}
     for name in (*FOUND, *CLEAN):
+        part = f"control-{name.replace(' ', '-').replace(',', '')}"
         images = control(name, train, fresh, num, seed)
-        found = measure(images, train, keep=_under(f"control-{name.replace(' ', '-').replace(',', '')}", keep))
-        share = float(found.flagged(calibrate(of_null, len(images), alarm)).mean())
+        found = measure(reduced(images, part, keep=keep), of_train, keep=under(part, keep))
+        share = float(flagged(found, calibrate(of_null, null.patients, len(images), alarm)).mean())
         must = "be found" if name in FOUND else "be clean"
         behaved = share >= LEAST if name in FOUND else share == 0
         out[name] = {"num": len(images), "found": share, "must": must, "behaved": bool(behaved)}
