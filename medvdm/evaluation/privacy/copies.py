@@ -231,30 +231,32 @@ def _nearest(similarity: np.ndarray, found: Candidates, twins: np.ndarray, **mov
     )
 
 
-Measured = dict[str, Nearest]  #: what each rule of RULES finds for a set of images
+Measured = dict[str, Nearest]  #: by rule: 'pixels', 'smoothed' and 'registered'
 
 
 def measure(images: Reduced, train: Reduced, *, keep: Keep = now, own: np.ndarray | None = None) -> Measured:
-    """Search, then both rules. Arguments as of :func:`search`."""
+    """Search, then all rules. Arguments as of :func:`search`."""
     found = search(images, train, keep=keep, own=own)
     rows = _unit_rows(train.coarse[found.where.reshape(-1)]).reshape(*found.where.shape, -1)
     twins = np.einsum("nip,njp->nij", rows, rows) > TWIN  # of itself, too
 
     def compute() -> dict[str, np.ndarray]:
-        ours = np.repeat(images.fine, CANDIDATES, axis=0)
-        theirs = train.fine[found.where.reshape(-1)]
-        fine = registration.fine(ours, theirs, found.move.reshape(-1), images.coarse.shape[1:])
-        return {
-            name: value.reshape(len(images), CANDIDATES, *value.shape[1:]) for name, value in fine._asdict().items()
-        }
+        where, move = found.where.reshape(-1), found.move.reshape(-1)
+        coarse, fine = (np.repeat(one, CANDIDATES, axis=0) for one in (images.coarse, images.fine))
+        pairs = registration.fine(fine, train.fine[where], move, images.coarse.shape[1:])._asdict()
+        pairs["smoothed"] = registration.smoothed(coarse, train.coarse[where], move)
+        return {name: x.reshape(len(images), CANDIDATES, *x.shape[1:]) for name, x in pairs.items()}
 
-    fine = keep("registered", compute)
-    similarity = np.where(found.similarity > -1, fine.pop("similarity"), -1)
+    pairs = keep("registered", compute)
     moved = registration.describe(found.move, images.coarse.shape[1:])
-    return {
-        "pixels": _nearest(found.similarity, found, twins, **moved),
-        "registered": _nearest(similarity, found, twins, **fine),
+    registered = {name: pairs[name] for name in moved}
+    rules = {
+        "pixels": (found.similarity, moved),
+        "smoothed": (pairs["smoothed"], moved),
+        "registered": (pairs["similarity"], registered),
     }
+    there = found.similarity > -1
+    return {name: _nearest(np.where(there, one, -1), found, twins, **how) for name, (one, how) in rules.items()}
 
 
 def _unit_rows(images: np.ndarray) -> np.ndarray:
@@ -325,10 +327,10 @@ def audit_copies(
         JSON-ready:
 
         * ``num_samples``, ``num_train``, ``num_held_out``, ``num_copies``;
-        * ``copies``: of each ``sample``, the ``training_image`` and its ``patient``, the ``rule`` ('pixels' or
-          'registered'), ``score`` (its lead) and ``threshold``, ``similarity``, ``second`` (``training_image`` and
-          ``similarity`` of the nearest image of another patient), ``change`` (``shift`` down and to the right as
-          fractions of the longer side, ``zoom``, ``flipped``); the surest first;
+        * ``copies``: of each ``sample``, the ``training_image`` and its ``patient``, the ``rule`` that is surest,
+          ``score`` (its lead) and ``threshold``, ``similarity``, ``second`` (``training_image`` and ``similarity`` of
+          the nearest image of another patient), ``change`` (``shift`` down and to the right as fractions of the longer
+          side, ``zoom``, ``flipped``); the surest first;
         * ``false_alarm_rate`` of the held-out images by the same rule, and ``false_alarm_interval`` (95 %, exact);
         * ``threshold`` and ``least_similarity`` by rule;
         * ``spaces``, by rule and in further spaces: see :func:`medvdm.evaluation.privacy.spaces.summary`;

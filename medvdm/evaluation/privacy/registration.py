@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 COARSE, FINE = 32, 64  #: pixels of the longer side
 REACH = 3  #: coarse pixels of shift, to each side; an eighth of the side of smaller images
+BLUR = 1.5  #: coarse pixels, the deviation of the blur of :func:`smoothed`
 STEPS = 6  #: of Gauss-Newton
 SMOOTH = 1.0  #: deviation in fine pixels of the blur that a sample and a training image are both given
 LIMITS = np.array([9.0, 9.0, 0.07], np.float32)  #: of shift in fine pixels, and of the logarithm of the zoom
@@ -62,6 +63,20 @@ def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
             np.copyto(move, 2 * number + flipped, where=found > best)
             np.maximum(best, found, out=best)
     return Coarse(best, move)
+
+
+def smoothed(images: np.ndarray, others: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """Similarity (n,) of pairs of coarse images at moves (n,) from :func:`coarse`, both blurred by :data:`BLUR`."""
+    from scipy.ndimage import gaussian_filter
+
+    shifts, found = _shifts(images.shape[1:]), np.empty(len(move), np.float32)
+    images, others = (gaussian_filter(one, (0, BLUR, BLUR)) for one in (images, others))
+    for number in np.unique(move):
+        here, (dy, dx) = move == number, shifts[number // 2]
+        ours = images[here][:, :, ::-1] if number % 2 else images[here]
+        pairs = _standardised(_window(ours, dy, dx)), _standardised(_window(others[here], -dy, -dx))
+        found[here] = np.einsum("np,np->n", *pairs)
+    return found
 
 
 def describe(move: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
