@@ -32,7 +32,8 @@ from medvdm.data import DataConfig, ImageData, phantom
 from medvdm.data import load as load_images
 from medvdm.evaluation import baselines
 from medvdm.evaluation.privacy import controls
-from medvdm.evaluation.privacy.copies import Shelf, audit_copies
+from medvdm.evaluation.privacy.copies import audit_copies
+from medvdm.evaluation.privacy.search import Shelf
 from medvdm.evaluation.privacy.verdict import headlines
 from medvdm.runs.config import RunConfig
 from medvdm.runs.evaluate import evaluate
