@@ -19,6 +19,7 @@ from medvdm.evaluation.privacy.search import (
     beyond,
     calibrate,
     flagged,
+    in_parts,
     measure,
     now,
     reduced,
@@ -204,7 +205,7 @@ def _clusters(samples: Reduced, held_out: Nearest, keep: Keep) -> dict[str, int]
     near = float(np.quantile(held_out.similarity[:, 0], 0.99))
     n = len(samples)
     edges = csr_matrix((n, n), dtype=bool)
-    for rows in _in_parts(n, PART):
+    for rows in in_parts(n, PART):
 
         def compute(rows: np.ndarray = rows) -> dict[str, np.ndarray]:
             i, j = np.nonzero(registration.coarse(samples.coarse[rows], samples.coarse).similarity > near)

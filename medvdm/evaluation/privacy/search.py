@@ -136,12 +136,13 @@ def reduced(shelf: Shelf, name: str, *, keep: Keep = now) -> Reduced:
             raise InputError(f"{name}: {which} has values that are not finite; expected gray values in [0, 1]")
         return {"coarse": registration.small(images, COARSE), "fine": registration.small(images, FINE)}
 
-    parts = [keep(f"{name}-small-{rows[0]}", lambda rows=rows: compute(rows)) for rows in _in_parts(len(shelf), READ)]
+    parts = [keep(f"{name}-small-{rows[0]}", lambda rows=rows: compute(rows)) for rows in in_parts(len(shelf), READ)]
     coarse, fine = (np.concatenate([part[size] for part in parts]) for size in ("coarse", "fine"))
     return Reduced(coarse, fine, shelf.patients, shelf.names)
 
 
-def _in_parts(n: int, size: int) -> list[np.ndarray]:
+def in_parts(n: int, size: int) -> list[np.ndarray]:
+    """Positions 0 to n - 1, so many at a time."""
     return [np.arange(first, min(first + size, n)) for first in range(0, n, size)]
 
 
@@ -172,7 +173,7 @@ def search(images: Reduced, train: Reduced, *, keep: Keep = now, own: np.ndarray
     """
     _, whose = np.unique(train.patients, return_inverse=True)
     found = []
-    for rows in _in_parts(len(train), PART):
+    for rows in in_parts(len(train), PART):
 
         def compute(rows: np.ndarray = rows) -> dict[str, np.ndarray]:
             similarity, move = registration.coarse(images.coarse, train.coarse[rows])

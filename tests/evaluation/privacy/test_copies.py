@@ -88,7 +88,7 @@ def test_the_move_is_the_one_that_was_made(dy, dx, flipped):
 def test_parts_give_what_the_whole_gives(train, held_out, monkeypatch):
     small, ours = search.reduced(train, "train"), search.reduced(held_out, "held_out")
     whole = search.search(ours, small)
-    monkeypatch.setattr(copies, "PART", 7)
+    monkeypatch.setattr(search, "PART", 7)
     parts = search.search(ours, small)
     np.testing.assert_allclose(parts.similarity, whole.similarity, atol=2e-6)  # float32 sums in another order
     assert (parts.where == whole.where).mean() > 0.99  # but for ties within that
@@ -270,7 +270,7 @@ def test_a_finished_audit_reads_no_training_image_again(audited, train, held_out
 
 
 def test_reads_in_parts(train, held_out, monkeypatch):
-    monkeypatch.setattr(copies, "READ", 16)
+    monkeypatch.setattr(search, "READ", 16)
     reads = []
 
     def read(rows):
