@@ -221,6 +221,7 @@ def privacy_table(r: dict[str, Any]) -> str:
         ),
         *_attacks(r),
         *_exposures(r["canaries"]),
+        *_components(r["published"]),
         *(textwrap.fill(f"note: {note}", 86, subsequent_indent="  ") for note in r["notes"]),
         *(textwrap.fill(line, 86, initial_indent="- ", subsequent_indent="  ") for line in r["verdict"]),
     ]
@@ -254,6 +255,15 @@ def _exposures(canaries: dict[str, Any] | None) -> list[str]:
         for row in canaries["by_copies"]
     ]
     return [f"canaries, bits exposed (chance {chance:.1f}, at most {most:.1f})", *rows]
+
+
+def _components(published: dict[str, Any] | None) -> list[str]:
+    """What components that are published with a model tell of training images."""
+    lines = []
+    for name, one in (published or {}).items():
+        (low, high), auc = one["attack"]["auc_interval"], one["attack"]["auc"]
+        lines.append(f"  {name + ', AUC':<28}{auc:>7.2f}     95 %: {low:.2f} to {high:.2f}")
+    return ["training images by published components", *lines] if lines else []
 
 
 _SCORED = {"bits": "bits", "over_gaussian": "over Gauss."}

@@ -104,9 +104,8 @@ def audit_privacy(
     data = load_data(run, data_dir=data_dir) if data is None and own else data
     if data is not None and data.fingerprint() != run.record["data"]["fingerprint"]:
         raise changed(run)
-    digests = given.digests()
-    about = run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config), **digests)
-    with _parts(run.path / PRIVACY if save else None, about) as keep:
+    key = _key(run.provenance(**dataclasses.asdict(sampling), **dataclasses.asdict(config), **given.digests()))
+    with _parts(run.path / PRIVACY if save else None, key) as keep:
         train, held_out, other_day = _groups(run, data if own else None, data_dir, given)
         samples = _drawn(run, sampling, keep) if given.samples is None else given.samples
         result = _copies(samples, train, held_out, config, keep)
@@ -114,13 +113,12 @@ def audit_privacy(
         result["canaries"] = _canaries(run, config, keep) if own else None
         result["published"] = _published(run, train, held_out, config)
         result["notes"] = [*given.notes, *result["notes"]]
-        drawn = dataclasses.asdict(sampling) if given.samples is None else None
-        result = {**run.provenance(), "sampling": drawn, **_finished(result, config)}
+        how = dataclasses.asdict(sampling) if given.samples is None else None
+        result = {**run.provenance(), "sampling": how, **_finished(result, config)}
         if save:
             (run.path / PRIVACY).mkdir(exist_ok=True)
-            words = [str(run.step), run.weights, f"{len(samples)}x{sampling.steps}", f"seed{sampling.seed}"]
-            name = "-".join(words if given.samples is None else [*words[:2], f"{len(samples)}given"])
-            name = "-".join([name, *(f"{place}-{digest[:8]}" for place, digest in digests.items())])
+            drawn = "given" if how is None else f"x{sampling.steps}-seed{sampling.seed}"
+            name = f"{run.step}-{run.weights}-{len(samples)}{drawn}-{key[:8]}"
             write_json(run.path / PRIVACY / f"{name}.json", result)
             renew_card(run.path)
     return result
@@ -217,7 +215,7 @@ def audit_folders(
     work = None if work is None else local_path(work, "work")
     if work is not None and work.exists() and not work.is_dir():
         raise InputError(f"work: {work} is a file; expected a folder, or nothing")
-    with _parts(work, {**folders.digests(), **dataclasses.asdict(config)}) as keep:
+    with _parts(work, _key({**folders.digests(), **dataclasses.asdict(config)})) as keep:
         result = _copies(folders.samples, folders.train, folders.held_out, config, keep)
     result |= {"membership": None, "canaries": None, "published": None}
     result["notes"] = [*folders.notes, *result["notes"], "no run: membership cannot be attacked without the weights"]
@@ -411,9 +409,14 @@ def _finished(result: dict[str, Any], config: PrivacyConfig) -> dict[str, Any]:
 # --- What is kept on the way --------------------------------------------------------------------------------------
 
 
+def _key(about: dict[str, Any]) -> str:
+    """A short hash of all that the numbers of an audit depend on."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextmanager
-def _parts(folder: Path | None, about: dict[str, Any]) -> Iterator[Keep]:
-    """Keeps each part's arrays until the audit is through; a folder that ``about`` names, so parts of others are not
+def _parts(folder: Path | None, key: str) -> Iterator[Keep]:
+    """Keeps each part's arrays until the audit is through; a folder that ``key`` names, so parts of others are not
     taken. Without a folder they are kept nowhere beyond the audit.
 
     Whoever has to mend the input will not come back to these parts, so nothing is left of a refusal.
@@ -422,7 +425,6 @@ def _parts(folder: Path | None, about: dict[str, Any]) -> Iterator[Keep]:
         with tempfile.TemporaryDirectory() as temporary:
             yield _keeper(Path(temporary))
         return
-    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
     parts, is_new = folder / f".parts-{key}", not folder.exists()
     try:
         yield _keeper(parts)

@@ -33,7 +33,8 @@ def alarms(result: Mapping[str, Any]) -> list[str]:
 
     ``copies``: a sample was called a copy. ``membership``, ``person``: the 95 % interval of the AUC of the headline
     attack is above one half. ``canaries``: for some number of copies the mean exposure is more than two standard errors
-    above chance. ``controls``: a control did not behave, so the audit itself is in doubt.
+    above chance. ``published``: the interval of the AUC by the components in some file is above one half. ``controls``:
+    a control did not behave, so the audit itself is in doubt.
     """
     found = ["copies"] if result["num_copies"] else []
     found += [name for name, one in headlines(result).items() if one["auc_interval"][0] > 0.5]
@@ -44,6 +45,8 @@ def alarms(result: Mapping[str, Any]) -> list[str]:
         for row in canaries["by_copies"]
     ):
         found.append("canaries")
+    if any(one["attack"]["auc_interval"][0] > 0.5 for one in (result.get("published") or {}).values()):
+        found.append("published")
     if not all(one["behaved"] for one in result["controls"].values()):
         found.append("controls")
     return found
@@ -56,6 +59,7 @@ def words(result: Mapping[str, Any]) -> list[str]:
         *_copies(result),
         *_membership(result),
         *_canaries(result),
+        *_published(result),
         NO_CERTIFICATE,
     ]
 
@@ -89,7 +93,7 @@ def _membership(result: Mapping[str, Any]) -> list[str]:
     if not result.get("membership"):
         return ["Membership was not attacked: that needs the weights."]
     found = headlines(result)
-    lines = [_told(ASKED[name][1], one) for name, one in found.items()]
+    lines = [_told("the weights", ASKED[name][1], one) for name, one in found.items()]
     if "membership" not in found:
         lines.append("Too few patients to say whether training images can be told from others.")
     if "person" not in found:
@@ -99,14 +103,14 @@ def _membership(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _told(whom: str, one: Mapping[str, Any]) -> str:
+def _told(has: str, whom: str, one: Mapping[str, Any]) -> str:
     low, high = one["auc_interval"]
     numbers = f"AUC {one['auc']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
     if low <= 0.5:
-        return f"Whoever has the weights was not seen to tell {whom} from images of other people ({numbers})."
+        return f"Whoever has {has} was not seen to tell {whom} from images of other people ({numbers})."
     tpr = one["tpr_at_1pct_fpr"]
     some = "" if tpr is None else f"; where 1 % of others are accused, {_percent(tpr)} are found"
-    return f"Whoever has the weights can tell {whom} from images of other people ({numbers}{some})."
+    return f"Whoever has {has} can tell {whom} from images of other people ({numbers}{some})."
 
 
 def _canaries(result: Mapping[str, Any]) -> list[str]:
@@ -119,6 +123,14 @@ def _canaries(result: Mapping[str, Any]) -> list[str]:
     )
     chance, most = found["exposure_chance"], found["exposure_most"]
     return [f"Of a canary's secret are exposed {rows}; by chance {chance:.1f} bits (AUC 0.50), at most {most:.1f}."]
+
+
+def _published(result: Mapping[str, Any]) -> list[str]:
+    places = {"weights": "the components in the weights"}
+    return [
+        _told(places.get(name, name), "training images", one["attack"])
+        for name, one in (result.get("published") or {}).items()
+    ]
 
 
 def _times(number: int) -> str:

@@ -35,6 +35,7 @@ QUIET: dict[str, Any] = {
     "controls": {"training images, noise": {"behaved": True}, "held-out images": {"behaved": True}},
     "membership": {"member_vs_held_out": attacked(0.45), "other_day_vs_held_out": attacked(0.48)},
     "canaries": canaries((1, 1.5, 0.2), (8, 1.6, 0.2)),
+    "published": {"baselines.npz": {"attack": attacked(0.47)[HEADLINE[1]]}},
 }
 
 
@@ -50,11 +51,13 @@ RESULTS = {
     "copies": result(**COPIED),
     "visits unknown": result(visits=None),
     "membership": result(membership=BOTH),
-    "no weights": result(membership=None, canaries=None),
+    "no weights": result(membership=None, canaries=None, published=None),
     "few patients": result(membership={"member_vs_held_out": None, "other_day_vs_held_out": None}),
     "no canaries": result(canaries=None),
     "exposed": result(canaries=canaries((1, 1.5, 0.2), (8, 6.0, 0.3))),
     "one canary each": result(canaries=canaries((1, 6.7, None))),
+    "published": result(published=dict.fromkeys(("baselines.npz", "weights"), {"attack": attacked(0.8)[HEADLINE[1]]})),
+    "not published": result(published=None),
     "controls": result(controls={"kernel density": {"behaved": False}, "held-out images": {"behaved": True}}),
 }
 
@@ -80,6 +83,8 @@ def test_no_verdict_certifies(name: str) -> None:
         ("no canaries", []),
         ("exposed", ["canaries"]),
         ("one canary each", []),  # its error is not known
+        ("published", ["published"]),
+        ("not published", []),
         ("controls", ["controls"]),
     ],
 )
@@ -119,12 +124,12 @@ def test_how_often_another_day_is_seen() -> None:
 
 def test_membership_in_words() -> None:
     lines = verdict.words(RESULTS["membership"])
-    told = line(lines, "can tell training images")
+    told = line(lines, "has the weights can tell training images")
     assert "AUC 0.75, 95 % interval 0.70 to 0.80" in told and "where 1 % of others are accused, 25 % are found" in told
     person = line(lines, "can tell images of training patients from another day")
     assert "accused" not in person, "the rate is not known"
     quiet = verdict.words(RESULTS["nothing found"])
-    assert "AUC 0.50, 95 % interval 0.45 to 0.55" in line(quiet, "was not seen to tell training images")
+    assert "AUC 0.50, 95 % interval 0.45 to 0.55" in line(quiet, "has the weights was not seen to tell training images")
     assert line(quiet, "was not seen to tell images of training patients from another day")
 
 
@@ -145,3 +150,11 @@ def test_canaries_in_words() -> None:
 def test_an_audit_whose_controls_failed_says_so_first() -> None:
     first = verdict.words(RESULTS["controls"])[0]
     assert first == "Do not rely on this audit: its controls did not behave (kernel density)."
+
+
+def test_what_the_files_give_away_in_words() -> None:
+    lines = verdict.words(RESULTS["published"])
+    assert "can tell training images" in line(lines, "Whoever has baselines.npz")
+    assert "AUC 0.85, 95 % interval 0.80 to 0.90" in line(lines, "Whoever has the components in the weights can")
+    assert "was not seen" in line(verdict.words(RESULTS["nothing found"]), "Whoever has baselines.npz")
+    assert not any("baselines" in one for one in verdict.words(RESULTS["not published"]))
