@@ -40,6 +40,8 @@ _HOMES = {
     "bound": "runs.bound",
     "denoise": "runs.denoise",
     "score": "runs.score",
+    "marks": "runs.marks",
+    "export": "runs.export",
     "flow_likelihood": "runs.flow",
     "importance_bound": "runs.flow",
     "MedvdmError": "errors",

@@ -1,4 +1,4 @@
-"""The command line: ``medvdm train | evaluate | sample | inpaint | audit | denoise | score | benchmark``.
+"""The command line: ``medvdm COMMAND``, a command for each thing that is done with a run or with a file.
 
 The options are the fields of the same dataclasses that the Python API takes. Results go to stdout, progress and
 errors to stderr. An error is one line; its exit code is 2 for what the user can mend.
@@ -109,6 +109,8 @@ def _dispatch(argv: list[str]) -> int:
         "audit": _audit,
         "denoise": _denoise,
         "score": _score,
+        "verify": _verify,
+        "export": _export,
         "benchmark": _benchmark,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -122,6 +124,8 @@ def _dispatch(argv: list[str]) -> int:
         print("  inpaint    draw the pixels of an image under a mask, given the others")
         print("  denoise    remove the noise of image files with a run on pixels")
         print("  score      what images cost a run in bits, and which are unusual")
+        print("  verify     which marks files bear: synthetic or not said, and from where")
+        print("  export     write a run for release, without what need not leave")
         print("  benchmark  step time against a plain JAX step")
         print("\n'medvdm COMMAND --help' lists the options of a command.")
         return 0 if argv else 2
@@ -220,18 +224,19 @@ def _sample(argv: list[str]) -> int:
     if args.pretrained and (args.ema or args.step is not None):
         raise InputError("--pretrained: has the moving average of its last step only; expected no --ema and no --step")
 
-    from medvdm.paths import local_path
     from medvdm.runs import provenance
     from medvdm.runs.pretrained import pretrained
     from medvdm.runs.run import load
     from medvdm.runs.sample import sample_to
 
-    provenance.check_path(local_path(args.out, "out"))
+    place, suffix = provenance.place(args.out)
     first = _joined(args.processes)
     run = pretrained(args.pretrained) if args.pretrained else load(args.run, ema=args.ema, step=args.step)
     sample_to(args.out, run, config=args.drawing)
     if first:
-        print(f"{args.drawing.num} synthetic images: {args.out}")
+        files = [] if suffix in (".npz", ".png") else provenance.dicom_paths(place, suffix, args.drawing.num)
+        where = f"{files[0]} to {files[-1].name}" if len(files) > 1 else files[0] if files else args.out
+        print(f"{args.drawing.num} synthetic images: {where}")
     return 0
 
 
@@ -357,6 +362,44 @@ def _score(argv: list[str]) -> int:
     elif result["images"]:
         print(score_table(result))
     return 1 if result["failed"] else 0
+
+
+def _verify(argv: list[str]) -> int:
+    from medvdm.cli.options import Verify
+
+    args = parse(Verify, argv, "verify")
+    if not args.files:
+        raise InputError("FILE: none given; expected at least one file (see medvdm verify --help)")
+
+    from medvdm.cli.tables import marks_table
+    from medvdm.runs.marks import CAUTION, marks
+
+    found, failed = [], []
+    for file in args.files:
+        try:
+            found.append(marks(file).to_json())
+        except MedvdmError as problem:
+            _complain(problem)
+            failed.append({"file": file, "problem": str(problem)})
+    if args.json:
+        print(json.dumps({"files": found, "failed": failed, "caution": CAUTION}))
+    elif found:
+        print(marks_table(found, CAUTION))
+    return 1 if failed else 0
+
+
+def _export(argv: list[str]) -> int:
+    from medvdm.cli.options import Export
+
+    args = parse(Export, argv, "export")
+
+    from medvdm.runs.export import export
+
+    exported = export(args.run, args.out, ema=args.ema, step=args.step)
+    for note in exported.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"step {exported.step}, {exported.weights} weights, for release: {args.out}")
+    return 0
 
 
 def _benchmark(argv: list[str]) -> int:

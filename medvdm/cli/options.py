@@ -152,7 +152,8 @@ class Sample:
     pretrained: Literal[PRETRAINED] | None = None  # type: ignore[valid-type]
     """A small trained model that comes with the package, in place of a run."""
     out: Annotated[str, arg(metavar="FILE")]
-    """File to write, .npz (images, labels, where they come from) or .png (a grid)."""
+    """File to write, .npz (images, labels, where they come from), .png (a grid) or .dcm (DICOM, several NAME-1.dcm and
+    so on), or a folder for DICOM files, made if it is not there."""
     drawing: Drawn = field(default_factory=Drawn)
     step: Step = None
     """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
@@ -277,6 +278,30 @@ class Score:
     """Use the moving average of the weights."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Say which marks files bear: whether they say that they are synthetic, and where they say that they come from."""
+
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILE...")]] = ()
+    """Samples (.npz, .png, .dcm), or any other archive of NumPy, DICOM file or image."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run for release: weights, settings and card, without what need not leave."""
+
+    run: RunFolder
+    """Folder of the run."""
+    out: Annotated[str, arg(metavar="DIR")]
+    """Folder to write, new or empty."""
+    ema: bool = True
+    """The averaged weights, where the run keeps an average; else the raw ones."""
+    step: Step = None
+    """An earlier checkpoint that is still kept, or best (--keep-best); by default the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)

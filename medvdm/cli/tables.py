@@ -1,9 +1,9 @@
-"""Results for people: what `evaluate`, `audit`, `score` and `benchmark` print without ``--json``."""
+"""Results for people: what `evaluate`, `audit`, `score`, `verify` and `benchmark` print without ``--json``."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +302,27 @@ def score_table(r: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+_ANSWERS = {
+    "yes": "synthetic",
+    "partly": "partly synthetic: a model has changed it",
+    "not said": "does not say that it is synthetic",
+}
+_SHOWN = ("run", "version", "data", "data_fingerprint", "step", "weights", "seed", "label")
+
+
+def marks_table(found: Sequence[dict[str, Any]], caution: str) -> str:
+    """The marks of files for people. Files can say anything, so what they say is cut and cleaned."""
+    lines = []
+    for one in found:
+        answer = _ANSWERS[one["synthetic"]] if one["marks"] else "no mark found, which proves nothing"
+        lines.append(f"{one['file']}: {answer}")
+        known = {name: one["provenance"].get(name) for name in _SHOWN}
+        known = {n: " and ".join(map(str, v)) if isinstance(v, list) else v for n, v in known.items()}
+        origin = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in known.items() if v not in (None, ""))
+        for title, text in (("says", one["statement"]), ("from", origin), ("marks", "; ".join(one["marks"]))):
+            clean = "".join(c if c.isprintable() else " " for c in text)[:400]
+            indent = f"  {title:<6} "
+            lines += textwrap.wrap(clean, 86, initial_indent=indent, subsequent_indent=" " * len(indent))
+    return "\n".join([*lines, *textwrap.wrap(caution, 86)])

@@ -23,6 +23,7 @@ Refused:
 Remarked, and otherwise ignored:
 
 - VOI windows and VOI LUTs are never applied (the operator's choice); nor are ICC profiles; neither is remarked.
+- SyntheticData YES: images of nobody, made by a model or another program; a model that learns from them learns that.
 - Overlay planes, PixelPaddingValue, lossy compression, BurnedInAnnotation, secondary captures, images for processing,
   supplemental palettes, pixels that are not square, a PatientOrientation other than left and foot, other modalities.
 
@@ -234,6 +235,9 @@ def _remarks(dataset: Any) -> list[str]:
     image_type = [str(value) for value in dataset.get("ImageType") or ()]
     modality = _text(dataset, "Modality")
     remarks = {
+        "say SyntheticData YES: made by a model or another program, not taken of a person": (
+            _text(dataset, "SyntheticData") == "YES"
+        ),
         "lossily compressed (LossyImageCompression or the transfer syntax says so)": (
             _text(dataset, "LossyImageCompression") == "01" or _is_lossy(dataset.file_meta.TransferSyntaxUID)
         ),

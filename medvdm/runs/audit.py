@@ -55,6 +55,7 @@ def audit(
         DataError: the split has no image, or none with the label.
     """
     config = settings(config, changes)
+    run.require_whole("the baselines and what tells its data")
     if save:
         check_writable(run.path / AUDITS)
     data = load_data(run) if data is None else data

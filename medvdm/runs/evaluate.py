@@ -49,6 +49,7 @@ def evaluate(
             written into the run's folder.
     """
     config = settings(config, changes)
+    run.require_whole("the baselines")
     if save:
         check_writable(run.path / RESULTS)
     own = data is None

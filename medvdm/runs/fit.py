@@ -35,7 +35,7 @@ from medvdm.runs.config import RunConfig
 from medvdm.runs.journal import MAX_LOOK, Looks, StepLog
 from medvdm.runs.model_card import renew_card
 from medvdm.runs.record import data_record, environment, version
-from medvdm.runs.run import Run
+from medvdm.runs.run import Run, require_whole
 from medvdm.runs.store import (
     BASELINES,
     BEST,
@@ -174,6 +174,7 @@ def _check_content(out: Path, resume: bool) -> None:
     if resume and not holds_run(out):
         raise RunError(f"out: {out} holds no run to resume; expected one, or no --resume to start it")
     if resume:
+        require_whole(out, read_record(out)[0], "the optimiser's state")
         return
     if holds_run(out):
         raise RunError(f"out: {out} holds a run already; expected a new folder, or --resume to continue it")

@@ -25,29 +25,31 @@ def renew_card(path: Path) -> None:
     A file among the results that cannot be read is left out, and the card says so.
     """
     record, _ = read_record(path)
+    write_card(path / CARD, card_record(path, record))
+
+
+def card_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`model_card` takes, from a record and the other files of a run."""
     steps = read_lines(path / METRICS)
     last = steps[-1] if steps else None
-    results, left_out = _readable(path / RESULTS, "vlb_bpd")
-    audits, also_left_out = _readable(path / AUDITS, "samples")
-    privacy, of_privacy_left_out = _readable(path / PRIVACY, "verdict")
-    write_card(
-        path / CARD,
-        {
-            **record,
-            "training": {
-                "steps_done": last["step"] if last else 0,
-                "seconds": last["seconds"] if last else 0.0,
-                "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
-            },
-            "evaluations": results,
-            "audits": audits,
-            "privacy_audits": privacy,
-            "left_out": left_out + also_left_out + of_privacy_left_out,
+    results, left_out = readable(path / RESULTS, "vlb_bpd")
+    audits, also_left_out = readable(path / AUDITS, "samples")
+    privacy, of_privacy_left_out = readable(path / PRIVACY, "verdict")
+    return {
+        **record,
+        "training": {
+            "steps_done": last["step"] if last else 0,
+            "seconds": last["seconds"] if last else 0.0,
+            "last": {k: v for k, v in last.items() if k.endswith("_bpd")} if last else {},
         },
-    )
+        "evaluations": results,
+        "audits": audits,
+        "privacy_audits": privacy,
+        "left_out": left_out + also_left_out + of_privacy_left_out,
+    }
 
 
-def _readable(folder: Path, key: str) -> tuple[list[dict[str, Any]], list[str]]:
+def readable(folder: Path, key: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The JSON records of a folder that hold ``key``, and the names of the other files. Hidden files are nobody's."""
     records, left_out = [], []
     for file in sorted(folder.glob("*.json")):
@@ -96,7 +98,8 @@ def model_card(record: Mapping[str, Any]) -> str:
               table;
             * ``audits``: results of :func:`medvdm.runs.audit.audit`, each a table;
             * ``privacy_audits``: results of :func:`medvdm.runs.privacy.audit_privacy`, each said in words;
-            * ``left_out``: names of result files that could not be read.
+            * ``left_out``: names of result files that could not be read;
+            * ``release``: what :mod:`medvdm.runs.export` has done, for a run that was exported.
     """
     data = _part(record, "data")
     parts = [
@@ -111,6 +114,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _training(record),
         *_privacy(record),
         _MARKS,
+        *_release(record),
         _cite(data),
         _settings(record),
     ]
@@ -398,6 +402,9 @@ def _settings(record: Mapping[str, Any]) -> str:
     folder = (shown.get("data") or {}).get("data_dir")
     if folder:  # a card is made to be passed on; where the images lay on one computer is nobody's business
         shown["data"]["data_dir"] = PureWindowsPath(folder).name
+    for name in _part(record, "release").get("withheld") or ():
+        part, _, key = name.partition(".")
+        shown[part].pop(key, None)
     return f"## All settings\n\nFolders by their last name only.\n\n```json\n{json.dumps(shown, indent=2)}\n```"
 
 
@@ -625,9 +632,46 @@ _MARKS = f"""## Marks on its samples
 Every file of samples that medvdm writes says that it is synthetic, and from which run it comes:
 
 - `.npz`: `synthetic` is true; `statement` and `provenance` (JSON: run, version, seed, ...) say the rest;
-- `.png`: text chunks (`Comment`, `{PROVENANCE_CHUNK}`) and the IPTC digital source type `trainedAlgorithmicMedia`.
+- `.png`: text chunks (`Comment`, `{PROVENANCE_CHUNK}`) and the IPTC digital source type `trainedAlgorithmicMedia`;
+- `.dcm`: Synthetic Data (0008,001C) is YES; image comments, derivation and a private block of `medvdm` say the rest.
 
-The statement is: "{SYNTHETIC}" Keep the marks when the files are passed on; converting a file can remove them."""
+`medvdm verify FILE...` reads them. The statement is: "{SYNTHETIC}" Keep the marks when the files are passed on;
+converting a file can remove them."""
+
+
+def _release(record: Mapping[str, Any]) -> list[str]:
+    """What an exported run has, and what it has not; nothing for another run."""
+    release = _part(record, "release")
+    if not release:
+        return []
+    kind = {"ema": "averaged weights", "raw": "raw weights"}.get(release.get("weights"), "weights")
+    left_out = [
+        "The optimiser's state and other checkpoints: they tell more about single training images than the weights do.",
+        "Baselines and the Gaussian of gray values: a mean image and components of the training images.",
+        "The losses by step and the value of each held-out image: they are of single images.",
+        "Folders, file names, patient patterns and the fingerprint of the data: nobody needs them to draw samples."
+        + (f" So {_count(n)} notes on the data are not here." if (n := release.get("data_notes")) else ""),
+        "The seed of training: it tells which image was in which batch, and undoes noise that was added for privacy.",
+    ]
+    still_in = [
+        "The weights. They were computed from the training images, and a model is **not anonymous**: it can repeat"
+        " images that it was trained on.",
+        *(
+            ["Among the weights, the mean image and the principal components of the training images."]
+            if release.get("components")
+            else []
+        ),
+        "The name of the data, the numbers of images and patients, the names of classes that samples are drawn for, and"
+        " the settings.",
+        "The results above, which are means over many images.",
+    ]
+    notes = [f"Note: {_inline(note)}." for note in release.get("notes") or ()]
+    return [
+        f"## What was released\n\nExported by medvdm {_inline(release.get('version'))}: {kind} of step"
+        f" {_count(release.get('step'))}, `weights.npz` (SHA-256 {_inline(release.get('sha256'))[:16]}...).\n\n"
+        f"Left out:\n\n{_bullets(left_out)}\n\nStill in:\n\n{_bullets(still_in)}"
+        + (f"\n\n{_bullets(notes)}" if notes else "")
+    ]
 
 
 def _cite(data: Mapping[str, Any]) -> str:

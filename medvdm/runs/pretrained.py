@@ -6,24 +6,18 @@ average of the weights as float16, whose SHA-256 stands in the record.
 
 from __future__ import annotations
 
-import hashlib
-import io
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medvdm.errors import InputError, RunError, nearest
+from medvdm.errors import InputError, nearest
 from medvdm.models import vdm
 from medvdm.runs.run import Run
-from medvdm.runs.store import CARD, CONFIG, atomic, read_record, write_json, write_text
+from medvdm.runs.store import CARD, CONFIG, read_record, write_json, write_text
+from medvdm.runs.weights import read_weights, write_weights
 
 NAMES = ("phantom",)
 FOLDER = Path(__file__).parents[1] / "pretrained"
-WEIGHTS = "weights.npz"
 
 
 def pretrained(name: str = "phantom") -> Run:
@@ -53,14 +47,10 @@ def pack(run: Run, folder: str | Path, *, command: str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    half = {_name(path): np.asarray(value, np.float16) for path, value in flatten_dict(run.params).items()}
-    np.savez_compressed(buffer, **half)  # type: ignore[arg-type]
-    with atomic(folder / WEIGHTS) as file:
-        file.write(buffer.getvalue())
+    sha256 = write_weights(folder, run.params, np.float16)
     first = [line["vlb_bpd"] for line in run.metrics()[:3]]
     made = {"step": run.step, "weights": run.weights, "command": command, "first_vlb_bpd": first}
-    write_json(folder / CONFIG, {**run.record, "pretrained": {**made, "sha256": _hash(buffer.getvalue())}})
+    write_json(folder / CONFIG, {**run.record, "pretrained": {**made, "sha256": sha256}})
     write_text(folder / CARD, (run.path / CARD).read_text("utf8"))
 
 
@@ -71,12 +61,7 @@ def unpack(folder: Path) -> Run:
         MissingFileError, RunError: nothing there, or weights that are not those of the record.
     """
     record, config = read_record(folder)
-    made, content = record["pretrained"], (folder / WEIGHTS).read_bytes()
-    if _hash(content) != made["sha256"]:
-        raise RunError(f"{folder / WEIGHTS}: SHA-256 {_hash(content)[:12]}...; expected {made['sha256'][:12]}...")
-    shapes = flatten_dict(jax.eval_shape(lambda: vdm.new_params(config.model, 0)))
-    with np.load(io.BytesIO(content)) as stored:
-        params = unflatten_dict({path: jnp.asarray(stored[_name(path)], jnp.float32) for path in shapes})
+    made = record["pretrained"]
     return Run(
         path=folder,
         config=config,
@@ -84,13 +69,5 @@ def unpack(folder: Path) -> Run:
         step=made["step"],
         weights=made["weights"],
         graph=vdm.graph_of(config.model),
-        params=params,
+        params=read_weights(folder, config.model, made["sha256"]),
     )
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

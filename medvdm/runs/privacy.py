@@ -41,7 +41,8 @@ from medvdm.data.convert import resize
 from medvdm.errors import DataError, InputError, MissingFileError
 from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import canaries, controls, membership, published, verdict
-from medvdm.evaluation.privacy.copies import Keep, Shelf, audit_copies
+from medvdm.evaluation.privacy.copies import audit_copies
+from medvdm.evaluation.privacy.search import Keep, Shelf
 from medvdm.paths import local_path
 from medvdm.runs.config import PrivacyConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card

@@ -21,6 +21,7 @@ from medvdm.paths import local_path
 from medvdm.runs import config as config_
 from medvdm.runs.config import RunConfig
 from medvdm.runs.store import BASELINES, BEST, CHECKPOINTS, GAUSSIAN, METRICS, read_lines, read_record
+from medvdm.runs.weights import read_weights
 from medvdm.training.checkpoints import Checkpoints
 from medvdm.training.devices import Layout, available, local
 
@@ -86,6 +87,17 @@ class Run:
         """One record a training step."""
         return read_lines(self.path / METRICS)
 
+    def require_whole(self, what: str) -> None:
+        """Refuse to do what a run that was exported for release lacks.
+
+        Args:
+            what: what is needed, such as 'the baselines'.
+
+        Raises:
+            RunError: the run was exported (:mod:`medvdm.runs.export`).
+        """
+        require_whole(self.path, self.record, what)
+
     def require_trained(self, *, null: bool = False, labels: bool = False, classes: Sequence[str] = ()) -> None:
         """Refuse to use of a conditional model what its training never met.
 
@@ -138,9 +150,14 @@ def load(path: str | Path, *, ema: bool = False, step: int | Literal["best"] | N
         InputError: ``path`` is no path of a folder, see :func:`medvdm.paths.local_path`.
         MissingFileError: no run there.
         RunError: the checkpoint is missing, damaged or of another config; or the run keeps no average.
+
+    A run that was exported for release has one set of weights, which is loaded whether or not ``ema`` is said where
+    they are averages; other weights, or another step, are a RunError.
     """
     path = local_path(path, "run")
     record, config = read_record(path)
+    if "exported" in record:
+        return _load_exported(path, record, config, ema, step)
     if ema and not config.training.ema_decay:
         raise RunError(f"{path}: this run keeps no moving average (ema_decay is 0); expected one for --ema")
     folder = path / (BEST if step == "best" else CHECKPOINTS)
@@ -165,6 +182,31 @@ def load(path: str | Path, *, ema: bool = False, step: int | Literal["best"] | N
     )
 
 
+def _load_exported(
+    path: Path, record: dict[str, Any], config: RunConfig, ema: bool, step: int | Literal["best"] | None
+) -> Run:
+    made = record["exported"]
+    if ema and made["weights"] != "ema":
+        raise RunError(f"{path}: exported for release with its raw weights only; expected no --ema")
+    if step not in (None, made["step"]):
+        raise RunError(f"{path}: exported for release at step {made['step']} only; expected no --step, not {step}")
+    return Run(
+        path=path,
+        config=config,
+        record=record,
+        step=made["step"],
+        weights=made["weights"],
+        graph=vdm.graph_of(config.model),
+        params=read_weights(path, config.model, made["sha256"]),
+    )
+
+
+def require_whole(path: Path, record: dict[str, Any], what: str) -> None:
+    """:meth:`Run.require_whole` of a record."""
+    if "exported" in record:
+        raise RunError(f"{path}: exported for release, which left out {what}; expected the run that it was made from")
+
+
 def load_data(
     run: Run, name: str | None = None, data_dir: str | None = None, image_size: int | None = None
 ) -> ImageData:
@@ -181,8 +223,11 @@ def load_data(
     Raises:
         InputError: another image size than the run's, images that cannot be brought to it, or data that were given
             from Python.
+        RunError: the run's own data, where the run was exported for release.
         MedvdmError: as :func:`medvdm.data.load`.
     """
+    if name is None:
+        run.require_whole("what tells its data")
     settings = run.config.data
     height, width, _ = run.config.model.image_shape
     if image_size not in (None, height) or (image_size is not None and height != width):

@@ -17,7 +17,6 @@ import numpy as np
 from medvdm import data as data_
 from medvdm.errors import InputError
 from medvdm.models.generate import Generated, batches, collected
-from medvdm.paths import local_path
 from medvdm.runs import provenance as provenance_
 from medvdm.runs.config import InpaintConfig, SampleConfig, settings
 from medvdm.runs.run import Run
@@ -52,9 +51,9 @@ class Samples:
         return provenance_.index_of_one(self.findings)
 
     def save(self, path: str | Path) -> None:
-        """Write .npz or .png, marked as synthetic."""
+        """Write .npz, .png or DICOM, marked as synthetic; see :func:`medvdm.runs.provenance.write_samples`."""
         provenance_.write_samples(
-            local_path(path, "out"),
+            path,
             images=self.images,
             findings=self.findings,
             class_names=self.class_names,
@@ -117,23 +116,27 @@ def sample_to(
 ) -> None:
     """Draw synthetic images into a file, on all devices of all processes.
 
-    An archive (.npz) is written batch by batch: the memory is that of one batch, whatever ``num``. Of several
-    processes, each draws its share of the batches into a part beside ``path`` (which all must be able to reach), and
-    the first joins them. A grid (.png) is drawn in memory.
+    An archive (.npz) and DICOM files are written batch by batch: the memory is that of one batch, whatever ``num``. Of
+    several processes, each draws its share of the batches into a part beside ``path`` (which all must be able to
+    reach), and the first joins them. A grid (.png) is drawn in memory.
 
     Args:
-        path: the file, .npz or .png; replaced as a whole if it exists.
+        path: the file, .npz, .png or .dcm, replaced as a whole if it exists; or a folder for DICOM files. See
+            :func:`medvdm.runs.provenance.write_samples` for the names of several.
         run, num, config, changes: as :func:`sample`.
 
     Raises:
         as :func:`sample` and :func:`medvdm.runs.provenance.write_samples`.
     """
-    path = local_path(path, "out")
+    place, suffix = provenance_.place(path)
     config = settings(config, changes if num is None else {**changes, "num": num})
-    if provenance_.check_path(path) == ".png":
+    channels = run.config.model.image_shape[2]
+    if suffix != ".npz" and channels not in (1, 3):
+        raise InputError(f"out: {place}: the run's images have {channels} channels; expected .npz, or 1 or 3 channels")
+    if suffix == ".png":
         drawn = sample(run, config=config)
         if first_process():
-            drawn.save(path)
+            drawn.save(place)
         return
     findings = findings_of(run, config, config.num)
     mine = range(jax.process_index(), _count(config), jax.process_count())
@@ -149,7 +152,7 @@ def sample_to(
         write(images=images)
         return
     token = int(joined([np.asarray(secrets.randbits(32))], jax.process_count())[0])  # the first process's, for all
-    folder = path.with_name(f".{path.name}.{token:08x}.parts")
+    folder = place.parent / f".{place.name}.{token:08x}.parts"
     try:
         folder.mkdir(exist_ok=True)
         for number, part in zip(mine, images, strict=True):

@@ -153,6 +153,7 @@ def check(run: Run, config: ScoreConfig) -> None:
             f"run: {run.path} has a Bernoulli likelihood (architecture '{run.config.model.architecture}'), whose bits "
             "tell how gray an image is; expected a model of 8-bit gray values, as of the preset pixel"
         )
+    run.require_whole("the Gaussian of its training images and what tells its data")
     check_counts(config.draws, config.batch_size, config.seed)
     if config.draws < 2:
         raise InputError(f"draws: {config.draws}; expected at least 2, for a standard error")

@@ -349,7 +349,9 @@ def test_resume_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
         (["--guidance", "nan", "--label", "Pneumonia"], ["guidance: nan"]),
         (["--guidance", "strong"], ["--guidance", "'strong'"]),
         (["--out", "{}/images.jpg"], ["images.jpg", ".png"]),
-        (["--out", "{}/images"], ["images", ".npz"]),
+        (["--out", "{}/images.d"], ["images.d", ".npz"]),
+        (["--out", "{}/file"], ["file: is a file", "folder"]),
+        (["--out", "{}/nowhere/images/"], ["nowhere"]),
         (["--out", "{}/nowhere/images.npz"], ["nowhere"]),
         (["--out", "{}/folder.npz"], ["folder.npz"]),
     ],
@@ -358,9 +360,37 @@ def test_sample(
     options: list[str], names: list[str], trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
     before = tree(tmp_path)
     options = [option.format(tmp_path) for option in options]
     refused(capfd, "sample", trained.path, "--out", tmp_path / "images.npz", *options, names=names)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["verify"], ["FILE: none given"]),
+        (["verify", "--json"], ["FILE: none given"]),
+        (["verify", "a.png", "--jsn"], ["--jsn", "--json"]),
+        (["export", "{run}"], ["--out"]),
+        (["export", "{run}", "--out", ""], ["out: ''"]),
+        (["export", "{run}", "--out", "{here}/full"], ["full", "holds something already"]),
+        (["export", "{run}", "--out", "{run}"], ["holds something already"]),
+        (["export", "{run}", "--out", "{here}/full/file"], ["file", "is a file"]),
+        (["export", "{run}", "--out", "{here}/no/where"], ["no is not there"]),
+        (["export", "{here}/no", "--out", "{here}/out"], ["config.json: not found"]),
+        (["export", "{run}", "--out", "{here}/out", "--step", "3"], ["no checkpoint of step 3"]),
+        (["export", "{run}", "--out", "{here}/out", "--step", "bets"], ["--step", "'bets'"]),
+    ],
+)
+def test_verify_and_export(
+    arguments: list[str], names: list[str], trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = tree(tmp_path)
+    refused(capfd, *(word.format(run=trained.path, here=tmp_path) for word in arguments), names=names)
     assert tree(tmp_path) == before
 
 

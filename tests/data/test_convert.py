@@ -425,6 +425,7 @@ def test_dicom_float_pixels_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("words", "tags"), [
     ("lossily compressed", dict(LossyImageCompression="01")),
+    ("SyntheticData YES", dict(SyntheticData="YES")),
     ("BurnedInAnnotation", dict(BurnedInAnnotation="YES")),
     ("secondary captures", dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.7")),
     ("secondary captures", dict(ImageType=["DERIVED", "SECONDARY"])),
@@ -446,7 +447,7 @@ def test_an_ordinary_dicom_has_no_remarks(tmp_path):
     path = write_dicom(
         tmp_path / "a.dcm", GRAY8, Modality="DX", PatientOrientation=["L", "F"], PixelSpacing=[0.14, 0.14],
         PresentationLUTShape="IDENTITY", PresentationIntentType="FOR PRESENTATION", BurnedInAnnotation="NO",
-        ImageType=["DERIVED", "PRIMARY"], LossyImageCompression="00",
+        SyntheticData="NO", ImageType=["DERIVED", "PRIMARY"], LossyImageCompression="00",
     )  # fmt: skip
     assert convert.header(path).remarks == ()
 

@@ -13,7 +13,8 @@ from helpers import Trained
 import medvdm
 from medvdm.cli.options import PRETRAINED
 from medvdm.errors import InputError, RunError
-from medvdm.runs.pretrained import CARD, FOLDER, NAMES, WEIGHTS, pack, pretrained, unpack
+from medvdm.runs.pretrained import CARD, FOLDER, NAMES, pack, pretrained, unpack
+from medvdm.runs.weights import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 MOST = 2_000_000  # bytes that a model may take

@@ -1,114 +1,139 @@
-"""Sets of images of which it is known whether they hold copies, run beside every audit: can it be relied on?
+"""Sets of images of which it is known whether they hold copies: run beside every audit, to say if it can be trusted.
 
-Must be found: training images with light noise, mirrored, shifted; draws of a model that has learnt twenty images by
-heart; draws of a kernel density of the training images. Must be clean: held-out images, as they are and blurred.
+Must be found: changed training images; draws of a kernel density of the training images, and of a model that has learnt
+twenty of them by heart. Must be clean: held-out images, as they are and blurred, and draws of a linear Gaussian model.
 
-Draws of a linear model with as many components as images are no copies, since each mixes all images: it is found by
-what it publishes (:mod:`medvdm.evaluation.privacy.published`), not here.
+The last learns from the training images all that it knows, and with as many components as images every draw is a
+mixture of all of them. So none is a copy, and this audit rightly finds nothing there; whose images they were is told by
+what the model publishes (:mod:`medvdm.evaluation.privacy.published`). A clean copy audit is no proof of privacy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from medvdm.evaluation.privacy.copies import Keep, Shelf, _under, calibrate, measure, now
+from medvdm.errors import InputError
+from medvdm.evaluation.components import exact_components
+from medvdm.evaluation.privacy.search import Keep, Shelf, calibrate, flagged, measure, now, reduced, under
 
 NUM = 100  #: images of each control
 LEAST = 0.5  #: share of a control that must be found
 NOISE, SHIFT = 0.02, 0.05  #: light noise in gray values of [0, 1]; shift as a fraction of the side
-MEMORISED = 20
-BANDWIDTH = 0.02  #: deviation of the kernel density in gray values
+MEMORISED = 20  #: images that the memoriser knows
+MIXED = 300  #: training images that the linear model is fitted on, at most
+COMPONENTS = 32  #: of the linear model
+
+#: Names of :func:`run_controls`: those that must be found, and those that must be clean.
+FOUND = ("noise", "mirrored", "shifted", "mixed", "kernel density", "memoriser")
+CLEAN = ("held-out", "held-out, blurred", "linear model")
 
 
-def noisy(images: np.ndarray, rng: np.random.Generator, deviation: float = NOISE) -> np.ndarray:
-    """With normal noise, clipped to [0, 1]."""
-    return np.clip(images + rng.normal(0, deviation, images.shape), 0, 1).astype(np.float32)
+def changed_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Images (n, h, w, c) in [0, 1] changed in four ways, each of the same shape.
+
+    ``noise``: normal, of deviation 0.02. ``mirrored``: left and right exchanged. ``shifted``: by up to 5 % of the side
+    in both directions, the border repeated. ``mixed``: half of them mirrored, all shifted by up to 2.5 % and brightened
+    or darkened (gray values to the power of 0.9 to 1.1), with noise.
+    """
+    rng = np.random.default_rng(seed)
+    turned = np.where(rng.random(len(images))[:, None, None, None] < 0.5, images[:, :, ::-1], images)
+    power = rng.uniform(0.9, 1.1, (len(images), 1, 1, 1))
+    return {
+        "noise": _noisy(images, NOISE, rng),
+        "mirrored": images[:, :, ::-1].copy(),
+        "shifted": _shifted(images, SHIFT, rng),
+        "mixed": _noisy(_shifted(turned, SHIFT / 2, rng) ** power, NOISE, rng),
+    }
 
 
-def mirrored(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Left and right exchanged."""
-    return images[:, :, ::-1].copy()
+def kernel_density(images: np.ndarray, bandwidth: float, n: int, seed: int) -> np.ndarray:
+    """n draws of the mixture of normals of this deviation around the images (m, h, w, c): a model that only copies."""
+    rng = np.random.default_rng(seed)
+    return _noisy(images[rng.integers(len(images), size=n)], bandwidth, rng)
 
 
-def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each by up to 5 % of the side in both directions, the border repeated."""
+def memoriser(images: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n draws of a model that knows :data:`MEMORISED` of the images by heart, blurred a little, as autoencoders do."""
+    rng = np.random.default_rng(seed)
+    known = images[rng.permutation(len(images))[:MEMORISED]]
+    return kernel_density(blurred(known, 1 / 128), 0.01, n, seed)
+
+
+def linear_gaussian(images: np.ndarray, k: int, n: int, seed: int) -> np.ndarray:
+    """n draws of the normal law with mean and k principal components of the images (m, h, w, c), clipped to [0, 1].
+
+    With k = m - 1 it has their mean and covariance: every draw is a mixture of all images, and no copy.
+
+    Raises:
+        InputError: k is not 1 to m - 1.
+    """
+    if not 1 <= k < len(images):
+        raise InputError(f"k: {k}; expected 1 to {len(images) - 1} components, for {len(images)} images")
+    mean, components, variances = exact_components(images.reshape(len(images), -1), k)
+    scores = np.random.default_rng(seed).standard_normal((n, len(variances))) * np.sqrt(variances)
+    return np.clip(mean + scores @ components, 0, 1).astype(np.float32).reshape(n, *images.shape[1:])
+
+
+def blurred(images: np.ndarray, deviation: float = 1 / 32) -> np.ndarray:
+    """With a deviation as a fraction of the side; 1/32 is about as smooth as a latent model's samples."""
+    from scipy.ndimage import gaussian_filter
+
+    sigma = deviation * max(images.shape[1:3])
+    return gaussian_filter(images, (0, sigma, sigma, 0))
+
+
+def _noisy(images: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    return np.clip(images + deviation * rng.standard_normal(images.shape, np.float32), 0, 1).astype(np.float32)
+
+
+def _shifted(images: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
     from scipy.ndimage import shift
 
-    side = max(images.shape[1:3])
-    moves = rng.uniform(-SHIFT, SHIFT, (len(images), 2)) * side
+    moves = rng.uniform(-most, most, (len(images), 2)) * max(images.shape[1:3])
     return np.stack([shift(x, (*m, 0), order=1, mode="nearest") for x, m in zip(images, moves, strict=True)])
-
-
-def blurred(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """With a deviation of 1/32 of the side, about as smooth as a latent model's samples."""
-    from scipy.ndimage import gaussian_filter
-
-    sigma = max(images.shape[1:3]) / 32
-    return gaussian_filter(images, (0, sigma, sigma, 0))
-
-
-def as_they_are(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Unchanged."""
-    return images
-
-
-#: Controls that must be found: name, what is done to training images, and how many different ones are drawn from.
-FOUND: dict[str, tuple[Callable[..., np.ndarray], int | None]] = {
-    "training images, noise": (noisy, None),
-    "training images, mirrored": (mirrored, None),
-    "training images, shifted": (shifted, None),
-    "memoriser of 20 images": (lambda x, rng: noisy(blurred_little(x), rng, 0.01), MEMORISED),
-    "kernel density": (lambda x, rng: noisy(x, rng, BANDWIDTH), None),
-}
-#: Controls that must be clean, made of held-out images.
-CLEAN = {"held-out images": as_they_are, "held-out images, blurred": blurred}
-
-
-def blurred_little(images: np.ndarray) -> np.ndarray:
-    """As an autoencoder blurs: a deviation of 1/128 of the side."""
-    from scipy.ndimage import gaussian_filter
-
-    sigma = max(images.shape[1:3]) / 128
-    return gaussian_filter(images, (0, sigma, sigma, 0))
-
-
-def control(name: str, train: Shelf, held_out: Shelf, num: int = NUM, seed: int = 0) -> Shelf:
-    """The images of a control; draws with replacement where there are fewer than ``num``."""
-    rng = np.random.default_rng([seed, *name.encode()])
-    source = train if name in FOUND else held_out
-    change, different = FOUND[name] if name in FOUND else (CLEAN[name], None)
-    if name in CLEAN:  # each once
-        rows = np.sort(rng.permutation(len(source))[:num])
-    else:
-        pool = rng.permutation(len(source))[: different or len(source)]
-        rows = rng.choice(pool, num, replace=len(pool) < num)
-    return Shelf.from_arrays(change(source.read(rows), rng), names=[f"{name} {i}" for i in range(len(rows))])
 
 
 def run_controls(
     train: Shelf, held_out: Shelf, *, keep: Keep = now, alarm: float = 0.01, num: int = NUM, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Every control by the rule of :mod:`medvdm.evaluation.privacy.copies`.
+    """Every control by the rule of :mod:`medvdm.evaluation.privacy.search`.
 
-    The threshold of the clean ones is calibrated on one half of the held-out patients, and they are the other half.
+    The rule is calibrated on one half of the held-out patients; the clean images are of the other half.
 
     Returns:
-        By name: ``num``, ``found`` (the share called copies), ``must`` ('be found' or 'be clean') and ``behaved``: at
-        least half of them found; or none called.
+        By name (:data:`FOUND`, :data:`CLEAN`): ``num``, ``found`` (the share called copies), ``must`` ('be found' or
+        'be clean') and ``behaved``: at least half of them found, or none.
+
+    Raises:
+        InputError: held-out images of fewer than four patients, which leaves no two halves.
     """
+    rng = np.random.default_rng(seed)
     people = np.unique(held_out.patients)
-    half = set(np.random.default_rng(seed).permutation(people)[: len(people) // 2].tolist())
-    first = np.array([p in half for p in held_out.patients])
+    if len(people) < 4:
+        raise InputError(f"held_out: {len(people)} patients; expected at least 4, in two halves for the controls")
+    half = rng.permutation(people)[: len(people) // 2]
+    first = np.isin(held_out.patients, half)
     null, fresh = held_out.take(np.flatnonzero(first)), held_out.take(np.flatnonzero(~first))
-    of_null = measure(null, train, keep=_under("control-null", keep))
+    of_train = reduced(train, "train", keep=keep)
+    of_null = measure(reduced(null, "control-null", keep=keep), of_train, keep=under("control-null", keep))
+    some, clean = (shelf.read(np.sort(rng.permutation(len(shelf))[:num])) for shelf in (train, fresh))
+    few = train.read(np.sort(rng.permutation(len(train))[:MIXED]))
+    sets = {
+        **changed_copies(some, seed),
+        "kernel density": kernel_density(some, NOISE, num, seed),
+        "memoriser": memoriser(some, num, seed),
+        "held-out": clean,
+        "held-out, blurred": blurred(clean),
+        "linear model": linear_gaussian(few, min(COMPONENTS, len(few) - 1), num, seed),
+    }
     out = {}
     for name in (*FOUND, *CLEAN):
-        images = control(name, train, fresh, num, seed)
-        found = measure(images, train, keep=_under(f"control-{name.replace(' ', '-').replace(',', '')}", keep))
-        share = float(found.flagged(calibrate(of_null, len(images), alarm)).mean())
+        part = f"control-{name.replace(', ', '-').replace(' ', '-')}"
+        images = reduced(Shelf.from_arrays(sets[name]), part, keep=keep)
+        found = measure(images, of_train, keep=under(part, keep))
+        share = float(flagged(found, calibrate(of_null, null.patients, len(images), alarm)).mean())
         must = "be found" if name in FOUND else "be clean"
         behaved = share >= LEAST if name in FOUND else share == 0
         out[name] = {"num": len(images), "found": share, "must": must, "behaved": bool(behaved)}

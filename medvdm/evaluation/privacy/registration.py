@@ -1,4 +1,4 @@
-r"""How alike two images are after one was laid over the other: shifted, mirrored, turned, zoomed and blurred.
+r"""How alike two images are after one was laid over the other: shifted, mirrored and zoomed.
 
 The similarity is the normalised correlation r of the pixels where both images are, so brightness and contrast do not
 count; the distance is :math:`\sqrt{1 - r}`, which is the Euclidean distance of the standardised images, over
@@ -6,13 +6,12 @@ count; the distance is :math:`\sqrt{1 - r}`, which is the Euclidean distance of 
 
 * :func:`coarse`: all pairs of two sets, on images of 32 pixels, over shifts of up to 3 of them and both orientations:
   a matrix product for each.
-* :func:`fine`: chosen pairs, on images of 64 pixels. From the coarse shift, Gauss-Newton steps on shift, zoom and
-  rotation maximise r; then the second image is blurred as far as that helps.
+* :func:`fine`: chosen pairs, on images of 64 pixels, all smoothed alike, which noise and blur then disturb less. From
+  the coarse shift, Gauss-Newton steps on shift and zoom maximise r.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,13 +20,12 @@ import numpy as np
 from jaxtyping import Array
 
 COARSE, FINE = 32, 64  #: pixels of the longer side
-REACH = 3  #: coarse pixels of shift, to each side
+REACH = 3  #: coarse pixels of shift, to each side; an eighth of the side of smaller images
+BLUR = 1.5  #: coarse pixels, the deviation of the blur of :func:`smoothed`
 STEPS = 6  #: of Gauss-Newton
 SMOOTH = 1.0  #: deviation in fine pixels of the blur that a sample and a training image are both given
 LIMITS = np.array([9.0, 9.0, 0.07], np.float32)  #: of shift in fine pixels, and of the logarithm of the zoom
 BATCH = 256  #: pairs of a fine comparison at a time
-
-SHIFTS = [(dy, dx) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1)]
 
 
 def small(images: np.ndarray, side: int) -> np.ndarray:
@@ -43,33 +41,55 @@ def small(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in gray])
 
 
-def coarse(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Similarity (m, n) of m with n images from :func:`small`, the best of all shifts and both orientations."""
-    best = np.full((len(images), len(others)), -np.inf, np.float32)
-    for here, there in _moved(images, others):
-        np.maximum(best, here @ there.T, out=best)
-    return best
+class Coarse(NamedTuple):
+    """The best of all moves for each pair: (m, n) similarity, and the number of the move that gives it."""
+
+    similarity: np.ndarray
+    move: np.ndarray
 
 
-def similarities(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """:func:`coarse` of the pairs of images (n, h, w) alone: (n,)."""
-    return np.max(_by_move(images, others), axis=0)
+def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
+    """Compare m with n images of the same shape, from :func:`small`, over all shifts and both orientations.
+
+    A shift leaves only a part of either image over the other; the correlation is that of these parts.
+    """
+    best = np.full((len(images), len(others)), -1, np.float32)
+    move = np.zeros(best.shape, np.int16)
+    for number, (dy, dx) in enumerate(_shifts(images.shape[1:])):
+        there = _standardised(_window(others, -dy, -dx)).T
+        for flipped in (False, True):
+            here = _standardised(_window(images[:, :, ::-1] if flipped else images, dy, dx))
+            found = here @ there
+            np.copyto(move, 2 * number + flipped, where=found > best)
+            np.maximum(best, found, out=best)
+    return Coarse(best, move)
 
 
-def moves(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The number (n,) of the best move for each pair of images (n, h, w) from :func:`small`."""
-    return np.argmax(_by_move(images, others), axis=0)
+def smoothed(images: np.ndarray, others: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """Similarity (n,) of pairs of coarse images at moves (n,) from :func:`coarse`, both blurred by :data:`BLUR`."""
+    from scipy.ndimage import gaussian_filter
+
+    shifts, found = _shifts(images.shape[1:]), np.empty(len(move), np.float32)
+    images, others = (gaussian_filter(one, (0, BLUR, BLUR)) for one in (images, others))
+    for number in np.unique(move):
+        here, (dy, dx) = move == number, shifts[number // 2]
+        ours = images[here][:, :, ::-1] if number % 2 else images[here]
+        pairs = _standardised(_window(ours, dy, dx)), _standardised(_window(others[here], -dy, -dx))
+        found[here] = np.einsum("np,np->n", *pairs)
+    return found
 
 
-def _by_move(images: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
-    return [np.einsum("np,np->n", here, there) for here, there in _moved(images, others)]
+def describe(move: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What coarse moves (...) of images of this shape are: ``shift`` (..., 2), ``zoom`` and ``flipped``, see Fine."""
+    shift = np.array(_shifts(shape), np.float32)[move // 2] / max(shape)
+    return {"shift": shift, "zoom": np.ones(move.shape, np.float32), "flipped": move % 2 == 1}
 
 
-def _moved(images: np.ndarray, others: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What lies over each other of two sets at each move, as standardised rows; mirrored from the middle on."""
-    for turned in (images, images[:, :, ::-1]):
-        for dy, dx in SHIFTS:
-            yield _standardised(_window(turned, dy, dx)), _standardised(_window(others, -dy, -dx))
+def _shifts(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """All shifts in question, nearest first, so that of equal similarities the smaller move counts."""
+    reach = min(REACH, max(1, min(shape) // 8))
+    steps = range(-reach, reach + 1)
+    return sorted(((dy, dx) for dy in steps for dx in steps), key=lambda move: move[0] ** 2 + move[1] ** 2)
 
 
 def _window(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -88,11 +108,10 @@ class Fine(NamedTuple):
     """Pairs after registration.
 
     Attributes:
-        similarity: (n,) normalised correlation.
-        shift: (n, 2) down and to the right, as fractions of the longer side.
-        zoom, angle: (n,) magnification, and rotation in radians.
+        similarity: (n,) normalised correlation of the smoothed images, where both are.
+        shift: (n, 2) of the first against the second, down and to the right, as fractions of the longer side.
+        zoom: (n,) magnification of the first against the second.
         flipped: (n,) whether the first image was mirrored.
-        blur: (n,) deviation, in pixels of the fine images, with which the second was blurred.
     """
 
     similarity: np.ndarray
@@ -101,34 +120,27 @@ class Fine(NamedTuple):
     flipped: np.ndarray
 
 
-def fine(images: np.ndarray, others: np.ndarray, move: np.ndarray, coarse_side: int) -> Fine:
+def fine(images: np.ndarray, others: np.ndarray, move: np.ndarray, coarse_shape: tuple[int, int]) -> Fine:
     """Register pairs of images (n, h, w), from :func:`small`, from the coarse ``move`` on.
 
     Args:
         images, others: the pairs.
-        move: (n,) numbers of moves from :func:`moves`.
-        coarse_side: longer side of the images of the coarse comparison, in pixels.
+        move: (n,) numbers of moves from :func:`coarse`.
+        coarse_shape: height and width of the images of the coarse comparison.
     """
     from scipy.ndimage import gaussian_filter
 
-    move = np.asarray(move, int)
-    flipped = move >= len(SHIFTS)
-    scale = max(images.shape[1:]) / coarse_side
-    start = np.array(SHIFTS, np.float32)[move % len(SHIFTS)] * scale
-    turned = np.where(flipped[:, None, None], images[:, :, ::-1], images)
+    begun = describe(np.asarray(move, int), coarse_shape)
+    start = begun["shift"] * np.float32(max(images.shape[1:]))
+    turned = np.where(begun["flipped"][:, None, None], images[:, :, ::-1], images)
     turned, others = (gaussian_filter(one.astype(np.float32), (0, SMOOTH, SMOOTH)) for one in (turned, others))
     parts = []
-    for first in range(0, len(move), BATCH):
-        rows = np.minimum(np.arange(first, first + BATCH), len(move) - 1)  # one size: nothing is compiled anew
+    for first in range(0, len(start), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(start) - 1)  # one size: nothing is compiled anew
         found = jax.device_get(_register(turned[rows], others[rows], start[rows]))
-        parts.append([part[: len(move) - first] for part in found])
+        parts.append([part[: len(start) - first] for part in found])
     similarity, moved = (np.concatenate(one) for one in zip(*parts, strict=True))
-    return Fine(
-        similarity=similarity,
-        shift=moved[:, :2] / max(images.shape[1:]),
-        zoom=np.exp(moved[:, 2]),
-        flipped=flipped,
-    )
+    return Fine(similarity, moved[:, :2] / max(images.shape[1:]), np.exp(moved[:, 2]), begun["flipped"])
 
 
 @jax.jit

@@ -1,103 +1,106 @@
 """Further spaces in which a copy, or a person, could show: structural similarity, components, a patients' encoder.
 
-Each is reported beside the rule of :mod:`medvdm.evaluation.privacy.copies` and decides nothing: how near samples and
+Each is reported beside the rules of :mod:`medvdm.evaluation.privacy.search` and decides nothing: how near samples and
 held-out images of other people come to their nearest training image, and how well the space tells pairs of images of
 one patient from pairs of different patients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from medvdm.evaluation.components import exact_components
 from medvdm.evaluation.privacy import registration
 from medvdm.evaluation.privacy.identity import Encoder
+from medvdm.evaluation.privacy.search import Keep, Measured, Nearest, Reduced
 from medvdm.evaluation.statistics import auc
-
-if TYPE_CHECKING:
-    from medvdm.evaluation.privacy.copies import Keep, Measured, Shelf
 
 COMPONENTS = 64
 MOST = 1000  #: training images that components and encoder are fitted on
-PAIRS = 300  #: of one patient, for the curves; of different patients five times as many
+MOST_PAIRED = 300  #: held-out images of which all pairs are looked at
 
 
 def summary(
-    samples: Shelf,
-    train: Shelf,
-    held_out: Shelf,
+    samples: Reduced,
+    train: Reduced,
+    held_out: Reduced,
     of_samples: Measured,
     of_held_out: Measured,
     *,
     keep: Keep,
     seed: int,
 ) -> dict[str, Any]:
-    """By space ('pixels', 'ssim', 'components', 'person'): quantiles of the similarity to the nearest training image.
+    """By space: each rule's, 'components' (cosine), 'person' (cosine, see :mod:`.identity`) and 'ssim'.
 
-    Each has ``samples`` and ``held_out`` (quantiles 0.5, 0.9, 0.99 and 1 of the similarity; for the rules also of the
-    lead), and ``pairs``: AUC, and the share of pairs of one patient above all but 1 % and 0.1 % of the pairs of
-    different patients, or None where no held-out patient has two images.
+    Each has ``samples`` and ``held_out``: quantiles 0.5, 0.9, 0.99 and 1 of the similarity to the nearest training
+    image (in 'components' and 'person': of at most 1,000 of them), and ``share``: of samples that are above 99 % of
+    held-out images, which is 0.01 where nothing is the matter, or where both are alike. A rule has, too,
+    ``samples_lead`` and ``held_out_lead`` (the same quantiles) and ``dimension``.
+
+    ``pairs``, of held-out images: the AUC of pairs of one patient against pairs of different patients, with its error,
+    and the share of the former that are above all but 1 % and 0.1 % of the latter (None with fewer than 1,000 of
+    these). None where no held-out patient has two images.
     """
-    small = {"train": _some(train, MOST, seed), "samples": samples, "held_out": held_out}
+    fitted, paired = _some(train, MOST, seed), _some(held_out, MOST_PAIRED, seed)
 
     def compute() -> dict[str, np.ndarray]:
-        images = {name: shelf.small(registration.COARSE) for name, shelf in small.items()}
-        mean, components, variances = exact_components(_rows(images["train"]), COMPONENTS)
-        encoder = Encoder.fit(images["train"], small["train"].patients, seed=seed)
-        out = {}
+        mean, components, variances = exact_components(_rows(fitted.coarse), COMPONENTS)
+        encoder = Encoder.fit(fitted.coarse, fitted.patients, seed=seed)
+        out = {"pixels-pairs": registration.coarse(paired.coarse, paired.coarse).similarity}
         for name, features in {
             "components": lambda x: (_rows(x) - mean) @ components.T / np.sqrt(variances),
             "person": encoder,
         }.items():
-            reference = _unit(features(images["train"]))
-            for which in ("samples", "held_out"):
-                out[f"{name}-{which}"] = (_unit(features(images[which])) @ reference.T).max(axis=1)
-            out |= {f"{name}-{k}": v for k, v in _pairs(_unit(features(images["held_out"])), held_out, seed).items()}
-        for which, shelf, found in (("samples", samples, of_samples), ("held_out", held_out, of_held_out)):
-            out[f"ssim-{which}"] = _ssim_to(shelf, train, found)
+            reference = _unit(features(fitted.coarse))
+            for which, images in (("samples", samples), ("held_out", held_out)):
+                out[f"{name}-{which}"] = (_unit(features(images.coarse)) @ reference.T).max(axis=1)
+            rows = _unit(features(paired.coarse))
+            out[f"{name}-pairs"] = rows @ rows.T
+        for which, images, found in (("samples", samples, of_samples), ("held_out", held_out, of_held_out)):
+            out[f"ssim-{which}"] = _ssim(images, train, found["registered"])
         return out
 
     found = keep("spaces", compute)
     spaces: dict[str, Any] = {}
-    for rule in of_samples.leads:
-        nearest = [m.coarse if rule == "pixels" else m.fine.nearest for m in (of_samples, of_held_out)]
-        spaces[rule] = {
-            "samples": _quantiles(nearest[0].similarity[:, 0]),
-            "held_out": _quantiles(nearest[1].similarity[:, 0]),
-            "samples_lead": _quantiles(of_samples.leads[rule]),
-            "held_out_lead": _quantiles(of_held_out.leads[rule]),
-            "dimension": float(1 / of_held_out.leads[rule].mean()),
-        }
-    same, other = _pair_rows(held_out, seed)
-    if len(same):
-        images = held_out.small(registration.COARSE)
-
-        def pixels() -> dict[str, np.ndarray]:
-            return {
-                kind: registration.similarities(images[pairs[:, 0]], images[pairs[:, 1]])
-                for kind, pairs in (("same", same), ("other", other))
-            }
-
-        spaces["pixels"]["pairs"] = _told_apart(**keep("pairs", pixels))
+    for rule, null in of_held_out.items():
+        one = of_samples[rule]
+        spaces[rule] = _compared(one.similarity[:, 0], null.similarity[:, 0])
+        spaces[rule] |= {"samples_lead": _quantiles(one.lead), "held_out_lead": _quantiles(null.lead)}
+        spaces[rule]["dimension"] = float(1 / null.lead.mean())
     for name in ("ssim", "components", "person"):
-        spaces[name] = {which: _quantiles(found[f"{name}-{which}"]) for which in ("samples", "held_out")}
-        if f"{name}-same" in found:
-            spaces[name]["pairs"] = _told_apart(found[f"{name}-same"], found[f"{name}-other"])
+        spaces[name] = _compared(found[f"{name}-samples"], found[f"{name}-held_out"])
+    for name in ("pixels", "components", "person"):
+        spaces[name]["pairs"] = told_apart(found[f"{name}-pairs"], paired.patients)
     return spaces
 
 
-def _some(shelf: Shelf, most: int, seed: int) -> Shelf:
+def told_apart(similarity: np.ndarray, patients: np.ndarray) -> dict[str, float | None] | None:
+    """How well similarities (n, n) of all pairs of images tell those of one patient; see :func:`summary`."""
+    i, j = np.triu_indices(len(patients), 1)
+    values, same = similarity[i, j], patients[i] == patients[j]
+    if not same.any() or same.all():
+        return None
+    found = auc(values, same.astype(float), np.where(same, patients[i], [f"{k}" for k in range(len(same))]))
+    enough = (~same).sum() >= 1000
+    return {
+        "auc": found.value,
+        "auc_stderr": found.stderr,
+        "tpr_at_1pct_fpr": float((values[same] > np.quantile(values[~same], 0.99)).mean()),
+        "tpr_at_01pct_fpr": float((values[same] > np.quantile(values[~same], 0.999)).mean()) if enough else None,
+    }
+
+
+def _some(images: Reduced, most: int, seed: int) -> Reduced:
     """Of a random choice of patients all images, at most so many; patients with several images come first."""
-    if len(shelf) <= most:
-        return shelf
-    people, whose, count = np.unique(shelf.patients, return_inverse=True, return_counts=True)
+    if len(images) <= most:
+        return images
+    people, whose, count = np.unique(images.patients, return_inverse=True, return_counts=True)
     order = np.lexsort((np.random.default_rng(seed).random(len(people)), count < 2))
     rank = np.empty(len(people), int)
     rank[order] = np.arange(len(people))
-    return shelf.take(np.sort(np.argsort(rank[whose], kind="stable")[:most]))
+    return images.take(np.sort(np.argsort(rank[whose], kind="stable")[:most]))
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
@@ -108,37 +111,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-def _pair_rows(shelf: Shelf, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (k, 2) of images of one patient, and of different patients; at most :data:`PAIRS` and five times that."""
-    i, j = np.triu_indices(len(shelf), 1)
-    same = shelf.patients[i] == shelf.patients[j]
-    rng = np.random.default_rng(seed)
-    pick = lambda rows, most: rows[np.sort(rng.permutation(len(rows))[:most])]  # noqa: E731
-    chosen = pick(np.flatnonzero(same), PAIRS), pick(np.flatnonzero(~same), 5 * PAIRS)
-    return tuple(np.stack([i[rows], j[rows]], axis=1) for rows in chosen)
-
-
-def _pairs(features: np.ndarray, shelf: Shelf, seed: int) -> dict[str, np.ndarray]:
-    same, other = _pair_rows(shelf, seed)
-    if not len(same):
-        return {}
-    cosine: Callable[[np.ndarray], np.ndarray] = lambda pairs: (  # noqa: E731
-        features[pairs[:, 0]] * features[pairs[:, 1]]
-    ).sum(axis=1)
-    return {"same": cosine(same), "other": cosine(other)}
-
-
-def _told_apart(same: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    found = auc(np.concatenate([same, other]), np.repeat([1.0, 0.0], [len(same), len(other)]))
-    return {
-        "auc": found.value,
-        "auc_stderr": found.stderr,
-        "tpr_at_1pct_fpr": float((same > np.quantile(other, 0.99)).mean()),
-        "tpr_at_01pct_fpr": float((same > np.quantile(other, 0.999)).mean()),
-    }
-
-
-def _ssim_to(shelf: Shelf, train: Shelf, found: Measured) -> np.ndarray:
+def _ssim(images: Reduced, train: Reduced, found: Nearest) -> np.ndarray:
     """(n,) structural similarity of each image and its nearest training image, shifted and mirrored as found.
 
     scikit-image's, with its window of 7 pixels, on images of 64 pixels.
@@ -146,17 +119,19 @@ def _ssim_to(shelf: Shelf, train: Shelf, found: Measured) -> np.ndarray:
     from scipy.ndimage import shift
     from skimage.metrics import structural_similarity
 
-    ours = shelf.small(registration.FINE)
-    rows, back = np.unique(found.fine.nearest.where[:, 0], return_inverse=True)
-    theirs = train.take(rows).small(registration.FINE)[back]
-    window = min(7, 2 * ((min(ours.shape[1:]) - 1) // 2) + 1)
-    side = max(ours.shape[1:])
+    window = min(7, 2 * ((min(images.fine.shape[1:]) - 1) // 2) + 1)
+    side = max(images.fine.shape[1:])
     out = []
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        a = a[:, ::-1] if found.fine.flipped[i, 0] else a
-        b = shift(b, found.fine.shift[i, 0] * side, order=1, mode="nearest")
-        out.append(structural_similarity(a, b, data_range=1.0, win_size=window))
+    for i, image in enumerate(images.fine):
+        ours = image[:, ::-1] if found.flipped[i] else image
+        theirs = shift(train.fine[found.where[i, 0]], found.shift[i] * side, order=1, mode="nearest")
+        out.append(structural_similarity(ours, theirs, data_range=1.0, win_size=window))
     return np.array(out)
+
+
+def _compared(samples: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    share = float((samples > np.quantile(held_out, 0.99)).mean())
+    return {"samples": _quantiles(samples), "held_out": _quantiles(held_out), "share": share}
 
 
 def _quantiles(values: np.ndarray) -> list[float]:

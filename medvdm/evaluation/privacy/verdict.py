@@ -72,10 +72,9 @@ def _controls(result: Mapping[str, Any]) -> list[str]:
 def _copies(result: Mapping[str, Any]) -> list[str]:
     n, k = result["num_samples"], result["num_copies"]
     if k:
-        first = result["copies"][0]
-        lines = [
+        lines = [  # no names of training images: a card may leave the house
             f"{k:,} of {n:,} samples are nearer to one training image than images of other people get: copies, or "
-            f"nearly ({first['sample']} of {first['training_image']}, for one)."
+            "nearly. Look at each beside its training image."
         ]
     else:
         lines = [f"None of {n:,} samples was found to be a copy of one of {result['num_train']:,} training images."]
