@@ -416,6 +416,44 @@ def test_evaluate(options: list[str], names: list[str], run: Path, capfd: pytest
     assert tree(run) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("RUN --samples s", ["--samples: s", "--privacy"]),
+        ("RUN --held-out h", ["--held-out: h", "--privacy"]),
+        ("RUN --work w", ["--work: w", "--privacy"]),
+        ("RUN --alarm 0.1", ["--alarm: 0.1", "--privacy"]),
+        ("", ["RUN: missing"]),
+        ("--privacy", ["samples: missing"]),
+        ("--privacy --samples nowhere", ["nowhere"]),
+        ("--privacy --samples FILE --train FOLDER --held-out FOLDER", ["image.png"]),
+        ("--privacy --train FOLDER", ["has no images"]),
+        ("--privacy --ema", ["--ema: True", "run"]),
+        ("--privacy --data-dir d", ["--data-dir: d", "run"]),
+        ("--privacy --steps 5", ["--steps: 5", "drawn"]),
+        ("RUN --privacy --work w", ["--work: w", "without a run"]),
+        ("RUN --privacy --split val", ["--split: val", "held-out"]),
+        ("RUN --privacy --samples s.npz --num 5", ["--num: 5", "drawn"]),
+        ("RUN --privacy --patient-pattern (.)", ["--patient-pattern: (.)", "--train"]),
+        ("RUN --privacy --image-size 32", ["--image-size: 32", "16x16"]),
+        ("RUN --privacy --num-processes 2", ["--num-processes: 2", "one process"]),
+        ("RUN --privacy --alarm 1", ["alarm: 1"]),
+        ("RUN --privacy --num 0", ["num: 0"]),
+        ("RUN --privacy --label Pneumnia", ["label: 'Pneumnia'", "did you mean 'Pneumonia'?"]),
+        ("RUN --privacy", ["held_out: 12 images", "at least 20"]),
+    ],
+)
+def test_audit_of_privacy(
+    options: str, names: list[str], run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    noise(tmp_path / "image.png")
+    before = tree(tmp_path)
+    places = {"RUN": run, "FILE": tmp_path / "image.png", "FOLDER": tmp_path / "empty"}
+    refused(capfd, "audit", *(places.get(word, word) for word in options.split()), names=names)
+    assert tree(tmp_path) == before
+
+
 def test_evaluate_a_split_with_no_images(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for i in range(4):
         noise(tmp_path / "data" / "train" / "a" / f"{i}.png", seed=i)

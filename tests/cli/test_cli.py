@@ -21,6 +21,7 @@ import tiny
 from helpers import STEPS, Trained, refused, said, tree
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import medvdm
 from medvdm import errors
@@ -28,9 +29,10 @@ from medvdm.cli import options
 from medvdm.cli.main import main
 from medvdm.cli.parsing import parse
 from medvdm.data import DataConfig
+from medvdm.evaluation.privacy import registration
 from medvdm.models.vdm import VDMConfig
 from medvdm.runs import config as config_
-from medvdm.runs import fit
+from medvdm.runs import fit, privacy
 from medvdm.runs.config import KeepConfig, RunConfig
 from medvdm.runs.presets import PRESETS, preset
 from medvdm.runs.store import read_record
@@ -562,10 +564,10 @@ def test_the_help_says_what_is_required(capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(r"--out FOLDER Folder of the run\. \(required\)", helped(capsys, "train"))
     assert re.search(r"--out FILE File to write, (\([^()]*\)|[^()])* \(required\)", helped(capsys, "sample"))
     assert "RUN Folder of the run. (default: none)" in helped(capsys, "sample")
-    for command in ("evaluate", "audit"):
-        text = helped(capsys, command)
-        assert "RUN Folder of the run. (required)" in text and text.split("Folder")[0].count("STR") == 0
-        assert f"usage: medvdm {command} [-h] [OPTIONS] RUN" in text
+    text = helped(capsys, "evaluate")
+    assert "RUN Folder of the run. (required)" in text and text.split("Folder")[0].count("STR") == 0
+    assert "usage: medvdm evaluate [-h] [OPTIONS] RUN" in text
+    assert "RUN Folder of the run. (default: none)" in helped(capsys, "audit")  # folders may stand in for it
 
 
 def test_the_help_of_a_resumed_run_shows_its_own_settings(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
@@ -919,3 +921,28 @@ def test_benchmark_json(capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("ratio", "loop_over_step", "step_ms", "plain_step_ms", "peak_memory_gib"):
         assert result[name] > 0, name
     assert result["first_loss_bpd"] == pytest.approx(result["plain_first_loss_bpd"], rel=1e-4)
+
+
+def test_audit_of_privacy_by_folders(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a run: a planted copy is named, and the JSON is all there is on stdout."""
+    monkeypatch.setattr(privacy.controls, "run_controls", lambda *_, **__: {})  # the same for all, and slow
+    monkeypatch.setattr(registration, "BATCH", 10)
+    phantoms = medvdm.data.load(DataConfig(num_images=54, image_size=16, visits=1))
+    images = np.rint(255 * phantoms.read(np.arange(54))[..., 0]).astype(np.uint8)
+    sides = {"train": range(30), "held": range(30, 50), "drawn": (7, 50, 51, 52, 53)}
+    for name, rows in sides.items():
+        (tmp_path / name).mkdir()
+        for i in rows:
+            Image.fromarray(images[i]).save(tmp_path / name / f"{i}.png")
+    before = tree(tmp_path)
+    options = [w for o, n in zip(("--train", "--held-out", "--samples"), sides, strict=True) for w in (o, tmp_path / n)]
+    out, err = said(capfd, "audit", "--privacy", *options, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert err == "" and out.count("\n") == 1
+    assert {"num_samples", "num_copies", "copies", "false_alarm_rate"} <= set(result)
+    assert (result["num_samples"], result["num_copies"]) == (5, 1)
+    (found,) = result["copies"]
+    assert (found["sample"], found["training_image"]) == ("7.png", "7.png") and found["score"] > found["threshold"]
+    assert tree(tmp_path) == before

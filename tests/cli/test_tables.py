@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medvdm.cli.tables import AUDIT_ROWS, audit_table, evaluation_table
+from medvdm.cli.tables import AUDIT_ROWS, audit_table, evaluation_table, privacy_table
 
 EVALUATION: dict[str, Any] = {
     **{"run": "first", "step": 300, "weights": "raw", "labels": "true", "data": "phantom", "split": "test"},
@@ -128,3 +128,49 @@ def test_an_audit_of_few_images_says_so(num: int, few: bool) -> None:
 def test_audit_of_labels_says_which() -> None:
     table = audit_table({**AUDIT, "label": ["Mass", "a, b"], "guidance": 1.5})
     assert "T = 250, label 'Mass and a, b', guidance 1.5" in table
+
+
+ATTACK: dict[str, Any] = {"auc": 0.71, "auc_interval": [0.65, 0.77], "tpr_at_1pct_fpr": 0.123}
+PRIVACY: dict[str, Any] = {
+    **{"num_samples": 200, "num_train": 1000, "num_held_out": 150, "num_copies": 12},
+    **{"false_alarm_rate": 0.02, "false_alarm_interval": [0.004, 0.057], "visits": 0.031},
+    "copies": [
+        {"sample": f"s{i}", "training_image": f"t{i}.png", "score": 3.5 - i / 10, "threshold": 1.25} for i in range(12)
+    ],
+    "controls": {
+        "kernel density": {"found": 0.4, "must": "be found", "behaved": False},
+        "held-out images": {"found": 0.0, "must": "be clean", "behaved": True},
+    },
+    "membership": {"member_vs_held_out": {"all_levels": ATTACK}, "other_day_vs_held_out": None},
+    "canaries": {
+        **{"exposure_chance": 1.43, "exposure_most": 6.66},
+        "by_copies": [{"copies": 1, "exposure": 1.5, "auc": 0.52}, {"copies": 100, "exposure": 6.2, "auc": 0.98}],
+    },
+    "published": {"baselines.npz": {"attack": ATTACK}},
+    **{"notes": ["few samples " * 12], "verdict": ["a sentence of many words " * 8, "This is no certificate."]},
+}
+
+
+def test_privacy() -> None:
+    table = privacy_table(PRIVACY)
+    assert row(table, "200 samples against") == "1,000 training images; threshold from 150 held-out ones"
+    assert row(table, "copies found") == "6.0 % 12"
+    assert row(table, "false alarms, held out") == "2.0 % 95 %: 0.4 to 5.7 %"
+    assert row(table, "second visits found") == "3.1 %"
+    assert row(table, "s0:") == "t0.png, lead 3.50 above 1.25" and "s10:" not in table and "and 2 more" in table
+    assert row(table, "kernel density") == "40.0 % must be found: IS NOT"
+    assert row(table, "held-out images") == "0.0 % must be clean"
+    found = "0.71 95 %: 0.65 to 0.77"
+    assert row(table, "training images, AUC") == f"{found}; found where 1 % of others are accused: 12.3 %"
+    assert row(table, "planted  100 times") == "6.2 AUC 0.98"
+    assert row(table, "baselines.npz, AUC") == found
+    assert table.splitlines()[-1] == "- This is no certificate."
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_privacy_of_folders_has_no_rows_of_a_run() -> None:
+    lacking = dict.fromkeys(("membership", "canaries", "published", "visits"))
+    table = privacy_table({**PRIVACY, **lacking, "copies": [], "num_copies": 0})
+    assert row(table, "copies found") == "0.0 % 0"
+    for words in ("AUC", "canaries", "second visits", "membership", "components"):
+        assert words not in table

@@ -19,6 +19,7 @@ import medvdm
 from medvdm import data as data_
 from medvdm.data import DataConfig
 from medvdm.errors import DataError, InputError, MissingFileError, RunError
+from medvdm.evaluation.privacy import registration
 from medvdm.evaluation.privacy.verdict import NO_CERTIFICATE
 from medvdm.runs import privacy
 from medvdm.runs.config import SampleConfig
@@ -43,9 +44,10 @@ SIDE = 48
 
 @pytest.fixture(scope="module", autouse=True)
 def few_controls() -> Any:
-    """Each control of 10 images instead of 100."""
+    """Each control of 10 images instead of 100, and small batches: the last one is filled up."""
     patch = pytest.MonkeyPatch()
     patch.setattr(privacy.controls, "run_controls", partial(privacy.controls.run_controls, num=10))
+    patch.setattr(registration, "BATCH", 40)
     yield
     patch.undo()
 
