@@ -31,8 +31,10 @@ FIGURE = re.compile(r"[Ff]igure (\d+\.\d+)$")
 GLOSSARY = "book/glossary"
 #: Pages that do not link terms, and entries that every page would link, or that are common words with other meanings.
 UNLINKING = ("book/api", "book/bibliography", "book/notation", GLOSSARY)
-COMMON = "attention audit bound cell crop divergence exposure gaps latent noise null patch run score skip split step time v"
-UNLINKED = set(COMMON.split())
+COMMON = (
+    "attention audit bound cell crop divergence exposure gaps latent noise null patch run score skip split step time"
+)
+UNLINKED = {*COMMON.split(), "v"}
 #: Words that are a term in some company only.
 IN_COMPANY = {"rate": r"(?<=the )rate(?! of)|(?<=distortion and )rate"}
 #: What is no prose: a reference or a term in it stays as it is.

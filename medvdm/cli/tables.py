@@ -241,7 +241,7 @@ def _attacks(r: dict[str, Any]) -> list[str]:
     for name, one in headlines(r).items():
         low, high = one["auc_interval"]
         tpr = one["tpr_at_1pct_fpr"]
-        found = "" if tpr is None else f"; found where 1 % of others are accused: {100 * tpr:.1f} %"
+        found = "" if tpr is None else f"; at 1 % false alarms: {100 * tpr:.1f} %"
         lines.append(f"  {titles[name]:<28}{one['auc']:>7.2f}     95 %: {low:.2f} to {high:.2f}{found}")
     return ["membership, for whoever has the weights", *lines] if lines else []
 

@@ -426,7 +426,7 @@ def test_evaluate(options: list[str], names: list[str], run: Path, capfd: pytest
         ("", ["RUN: missing"]),
         ("--privacy", ["samples: missing"]),
         ("--privacy --samples nowhere", ["nowhere"]),
-        ("--privacy --samples FILE --train FOLDER --held-out FOLDER", ["image.png"]),
+        ("--privacy --samples FILE --train FOLDER --held-out FOLDER", ["no images"]),
         ("--privacy --train FOLDER", ["has no images"]),
         ("--privacy --ema", ["--ema: True", "run"]),
         ("--privacy --data-dir d", ["--data-dir: d", "run"]),
@@ -440,7 +440,7 @@ def test_evaluate(options: list[str], names: list[str], run: Path, capfd: pytest
         ("RUN --privacy --alarm 1", ["alarm: 1"]),
         ("RUN --privacy --num 0", ["num: 0"]),
         ("RUN --privacy --label Pneumnia", ["label: 'Pneumnia'", "did you mean 'Pneumonia'?"]),
-        ("RUN --privacy", ["held_out: 12 images", "at least 20"]),
+        ("RUN --privacy", ["held_out: ", "at least 20"]),
     ],
 )
 def test_audit_of_privacy(

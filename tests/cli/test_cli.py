@@ -383,7 +383,7 @@ def test_a_name_needs_no_equals_sign_unless_it_looks_like_an_option(name: str) -
         ),
         ("sample --pretrained phantom --ema --out a.png", "--pretrained: has the moving average of its last step only"),
         ("sample --pretrained fantom --out a.png", "--pretrained: 'fantom'; did you mean 'phantom'?"),
-        ("audit -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
+        ("evaluate -r", "RUN: missing; expected one (one that begins with '-' comes after '--')"),
         ("evaluate r s", "s: unknown"),
         ("evaluate r --step bst", "--step: 'bst'; expected None or a whole number or best (see medvdm"),
         ("evaluate r --image-size 2.5", "--image-size: '2.5'; expected None or a whole number (see medvdm"),

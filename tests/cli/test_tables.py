@@ -161,7 +161,7 @@ def test_privacy() -> None:
     assert row(table, "kernel density") == "40.0 % must be found: IS NOT"
     assert row(table, "held-out images") == "0.0 % must be clean"
     found = "0.71 95 %: 0.65 to 0.77"
-    assert row(table, "training images, AUC") == f"{found}; found where 1 % of others are accused: 12.3 %"
+    assert row(table, "training images, AUC") == f"{found}; at 1 % false alarms: 12.3 %"
     assert row(table, "planted  100 times") == "6.2 AUC 0.98"
     assert row(table, "baselines.npz, AUC") == found
     assert table.splitlines()[-1] == "- This is no certificate."

@@ -146,6 +146,7 @@ def test_card_has_all_sections_once_and_in_order() -> None:
         "In short",
         "Results",
         "Audit of its samples",
+        "What it kept of its training images",
         "Intended use",
         "Limits",
         "Data",

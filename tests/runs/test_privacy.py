@@ -135,7 +135,8 @@ def check_result(result: dict[str, Any]) -> None:
 def test_a_killed_audit_goes_on_where_it_was(audited: dict[str, Any]) -> None:
     assert audited["left"] == set(audited["first"]) and len(audited["first"]) == len(audited["left"])
     assert {"drawn-0", "drawn-1", "drawn-2", "canary-3"} <= audited["left"]
-    assert sorted(audited["second"]) == sorted(audited["damaged"]), "only what was damaged is computed again"
+    # Only what was damaged is computed again; and not the samples, whose small copies are kept.
+    assert sorted(audited["second"]) == sorted(set(audited["damaged"]) - {"drawn-1"})
     assert not audited["parts"].exists()
 
 

@@ -91,7 +91,7 @@ def audit_copies(
         "visits": visits,
         "spaces": spaces.summary(of_samples, of_train, of_held_out, found, null, keep=keep, seed=seed),
         "clusters": _clusters(of_samples, null["pixels"], keep),
-        "notes": _notes(samples, of_train, held_out, visits),
+        "notes": _notes(samples, held_out, int(alarms.sum()), visits),
     }
 
 
@@ -140,8 +140,13 @@ def _check_twins(found: Nearest, held_out: Shelf, train: Shelf) -> None:
         )
 
 
-def _notes(samples: Shelf, train: Reduced, held_out: Shelf, visits: float | None) -> list[str]:
+def _notes(samples: Shelf, held_out: Shelf, alarms: int, visits: float | None) -> list[str]:
     notes = []
+    if alarms:
+        notes.append(
+            f"{alarms} of {len(held_out)} held-out images are called copies themselves: look for training patients "
+            "among them under another name, which would also raise the threshold"
+        )
     if len(samples) < FEW:
         notes.append(f"only {len(samples)} samples: what a model copies once in a hundred draws is hardly seen")
     if len(held_out) < FEW:

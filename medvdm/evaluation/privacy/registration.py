@@ -21,11 +21,11 @@ from jaxtyping import Array
 
 COARSE, FINE = 32, 64  #: pixels of the longer side
 REACH = 3  #: coarse pixels of shift, to each side; an eighth of the side of smaller images
-BLUR = 1.5  #: coarse pixels, the deviation of the blur of :func:`smoothed`
+BLUR = 1.0  #: coarse pixels, the deviation of the blur of :func:`smoothed`
 STEPS = 6  #: of Gauss-Newton
 SMOOTH = 1.0  #: deviation in fine pixels of the blur that a sample and a training image are both given
 LIMITS = np.array([9.0, 9.0, 0.07], np.float32)  #: of shift in fine pixels, and of the logarithm of the zoom
-BATCH = 256  #: pairs of a fine comparison at a time
+BATCH = 64  #: pairs of a fine comparison at a time
 
 
 def small(images: np.ndarray, side: int) -> np.ndarray:

@@ -12,16 +12,24 @@ them within a radius grows as :math:`r^D`, and for an image that copies none of 
 *leads* :math:`\log(r_2 / r_1)`, the lead of one more such image over s follows F(2, 2n). A sample is called a copy
 where its lead is above
 
-.. math:: s \; F^{-1}_{2, 2n}\!\left(1 - \frac{a}{3m}\right) ,
+.. math:: s \; F^{-1}_{2, 2n}\!\left(1 - \frac{a}{3m}\right)
 
-so that among m samples of a model that copies nothing any is called with a chance of at most a. For n count patients,
-as images of one are alike. The 3 is there since there are three rules: ``pixels``, images of 32 pixels as they lie
-(shifted and mirrored at most); ``smoothed``, the same after a blur of both, which noise hardly disturbs; and
-``registered``, images of 64 pixels after registration, which finds what was shifted by a part of a pixel or zoomed.
-A copy must also be more similar to its training image than half of the held-out images are to theirs.
+by one of three rules, so that among m samples of a model that copies nothing any is called with a chance of at most a
+(n counts patients, as the images of one are alike). The rules differ in what disturbs them least: ``pixels`` (images of
+32 pixels as they lie, shifted and mirrored at most) a bent gray scale, ``smoothed`` (the same, blurred) noise and blur,
+``registered`` (64 pixels, laid over each other) shifts by a part of a pixel and zoom.
 
-Not found: a copy of a part of an image, one that is changed beyond this, an image whose patient is there under two
-names (the second nearest is then a copy, too), and the person in another image (``visits`` says how seldom).
+And the similarity to the nearest must be above that of 99 % of the held-out images to theirs, by the same rule. This
+costs no copies, and clears an image that stands alone with one training image, such as the only other lateral view: its
+lead is great although the two are not alike. It is not the greatest similarity, since one unnoticed second image of a
+training patient among the held-out ones would then hide every copy.
+
+Two training images that correlate above 0.999 as they lie are one picture under two names, and neither is the other's
+second. More than three such names are not seen through.
+
+Not found: a copy of a part of an image, one that is changed beyond this (zoomed by 10 %, turned, blurred by a thirtieth
+of the side, under much noise), and the person in another image (``visits`` says how seldom). Where second images of a
+patient go by another name, they hide a copy.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ from medvdm.evaluation.privacy.registration import COARSE, FINE
 READ = 128  #: images that are read at a time
 PART = 512  #: training images that are compared, and whose result is kept, at a time
 CANDIDATES = 4  #: training images per image that are registered, of distinct patients
-LEAST_SIMILAR = 0.5  #: a copy is more similar to its training image than this share of held-out images to theirs
+LEAST_SIMILAR = 0.99  #: a copy is more similar to its training image than this share of held-out images to theirs
 TWIN = 0.999  #: correlation as they lie, above which two training images of different patients are one picture
 
 #: Gives the arrays of a part, by its name: those kept from before, or computed now.

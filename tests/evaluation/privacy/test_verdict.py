@@ -109,10 +109,10 @@ def line(lines: list[str], part: str) -> str:
     return found
 
 
-def test_copies_are_named_and_counted() -> None:
+def test_copies_are_counted_and_no_training_image_is_named() -> None:
     lines = verdict.words(RESULTS["copies"])
     assert line(lines, "copies, or nearly").startswith("12 of 1,000 samples are nearer")
-    assert "sample 3 of p17_2.png" in line(lines, "copies, or nearly")
+    assert not any("p17_2" in one for one in lines)  # a card may leave the house
     nothing = line(verdict.words(RESULTS["nothing found"]), "None of")
     assert nothing == "None of 1,000 samples was found to be a copy of one of 2,000 training images."
 
