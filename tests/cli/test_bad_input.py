@@ -426,7 +426,7 @@ def test_evaluate(options: list[str], names: list[str], run: Path, capfd: pytest
         ("", ["RUN: missing"]),
         ("--privacy", ["samples: missing"]),
         ("--privacy --samples nowhere", ["nowhere"]),
-        ("--privacy --samples FILE --train FOLDER --held-out FOLDER", ["no images"]),
+        ("--privacy --train FILE", ["image.png"]),
         ("--privacy --train FOLDER", ["has no images"]),
         ("--privacy --ema", ["--ema: True", "run"]),
         ("--privacy --data-dir d", ["--data-dir: d", "run"]),

@@ -342,7 +342,7 @@ def test_other_gray_values_have_notes_on_their_own_levels(pixels: Run) -> None:
 def test_a_run_without_validation_images_has_no_gaussian(pixels: Run, tmp_path: Path) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
     data = from_arrays(drawn, splits=["train"] * 8 + ["test"] * 4)
-    fit._prepare(tmp_path, fit.fill_in(pixels.config, data), data, [])
+    fit._prepare(tmp_path, fit.fill_in(pixels.config, data), data, [], None)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "baselines.npz"}
     run = dataclasses.replace(pixels, path=tmp_path, record=json.loads((tmp_path / "config.json").read_text()))
     assert run.gaussian is None
@@ -360,7 +360,7 @@ def test_the_gaussian_is_that_of_the_training_images_and_is_never_left_alone(
     assert pixels.gaussian.nats(levels["val"]) == pytest.approx(fitted.nats(levels["val"]), rel=1e-9)
     monkeypatch.setattr(fit, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fit._prepare(tmp_path, pixels.config, data, [])
+        fit._prepare(tmp_path, pixels.config, data, [], None)
     assert not list(tmp_path.iterdir())
 
 

@@ -590,7 +590,7 @@ def test_an_extension_that_was_killed_before_its_first_checkpoint_goes_on(whole:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     config = fit.fill_in(tiny.config(steps=14), medvdm.data.load(tiny.config().data))
-    fit._extend(out, config, "note")
+    fit._extend(out, config, "note", None)
     assert load(out).step == 12
     medvdm.fit(tiny.config(steps=14), out, resume=True, progress=False)
     assert load(out).step == 14

@@ -6,6 +6,9 @@ twenty of them by heart. Must be clean: held-out images, as they are and blurred
 The last learns from the training images all that it knows, and with as many components as images every draw is a
 mixture of all of them. So none is a copy, and this audit rightly finds nothing there; whose images they were is told by
 what the model publishes (:mod:`medvdm.evaluation.privacy.published`). A clean copy audit is no proof of privacy.
+
+``mixed`` is the hardest. With only a few dozen held-out patients the threshold can be too high for it: then the
+control does not behave, which says rightly that changed copies may pass. More held-out images help.
 """
 
 from __future__ import annotations

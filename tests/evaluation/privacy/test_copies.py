@@ -12,7 +12,7 @@ from medvdm.evaluation.privacy import controls, copies, registration, search
 from medvdm.evaluation.privacy.copies import audit_copies
 from medvdm.evaluation.privacy.search import Shelf
 
-SIZE, TRAIN, HELD_OUT = 48, 80, 40
+SIZE, TRAIN, HELD_OUT = 48, 80, 60
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,8 +153,10 @@ def test_changed_copies_are_found(train, rule, seed):
     rows = np.random.default_rng(seed).permutation(TRAIN)[:12]
     for name, images in controls.changed_copies(train.read(rows), seed).items():
         flags, where = called(images, rule)
-        assert flags.mean() >= 0.8, name
-        assert (where[flags] == rows[flags]).mean() >= 0.9, name  # by the coarse rule; one in twelve by another
+        # One change is found nearly always. Three at once are the rule's limit on phantoms: 34 to 100 % of them were
+        # found over eleven sets, fewest where few held-out patients make the threshold high.
+        assert flags.mean() >= (controls.LEAST if name == "mixed" else 0.9), name
+        assert (where[flags] == rows[flags]).mean() >= 0.95, name
 
 
 def test_copies_that_are_brighter_noisier_blurred_or_zoomed_are_found(train, rule):
@@ -312,8 +314,8 @@ def test_held_out_images_that_are_called_are_noted(train, held_out):
         [*held_out.patients, "x"],
     )
     result = audit_copies(Shelf.from_arrays(controls.kernel_density(train.read([5]), 0.02, 2, 0)), train, hidden)
-    assert result["false_alarm_rate"] == pytest.approx(1 / 41) and result["num_copies"] == 2
-    assert any(note.startswith("1 of 41 held-out images are called copies") for note in result["notes"])
+    assert result["false_alarm_rate"] == pytest.approx(1 / 61) and result["num_copies"] == 2
+    assert any(note.startswith("1 of 61 held-out images are called copies") for note in result["notes"])
 
 
 def test_refusals(train, held_out):
