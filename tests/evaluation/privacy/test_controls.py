@@ -5,7 +5,7 @@ import pytest
 
 from medvdm.data.phantom import render
 from medvdm.errors import InputError
-from medvdm.evaluation.privacy import controls, registration, search
+from medvdm.evaluation.privacy import controls, registration
 from medvdm.evaluation.privacy.search import Shelf
 
 SIZE = 32
