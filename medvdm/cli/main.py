@@ -288,7 +288,7 @@ def _unused(options: Any, names: str, why: str) -> None:
 
 def _audit_privacy(args: Any) -> int:
     from medvdm.cli.tables import privacy_table
-    from medvdm.runs.config import SampleConfig, settings
+    from medvdm.runs.config import SampleConfig
     from medvdm.runs.privacy import audit_folders, audit_privacy, read_folders
     from medvdm.runs.run import load
 
@@ -316,7 +316,7 @@ def _audit_privacy(args: Any) -> int:
         result = audit_folders(folders, args.privacy_settings, work=args.work)
     else:
         names = [f.name for f in dataclasses.fields(SampleConfig)]
-        sampling = settings(SampleConfig(), {name: getattr(args.audit, name) for name in names})
+        sampling = SampleConfig(**{name: getattr(args.audit, name) for name in names})
         result = audit_privacy(run, None, args.privacy_settings, sampling, data_dir=args.data_dir, folders=folders)
     print(json.dumps(result) if args.json else privacy_table(result))
     return 0

@@ -232,6 +232,11 @@ def _share(name: str, share: float, note: str = "") -> str:
     return f"  {name:<28}{100 * share:>7.1f} %   {note}".rstrip()
 
 
+def _area(name: str, attack: dict[str, Any]) -> str:
+    low, high = attack["auc_interval"]
+    return f"  {name:<28}{attack['auc']:>7.2f}     95 %: {low:.2f} to {high:.2f}"
+
+
 def _attacks(r: dict[str, Any]) -> list[str]:
     """Membership by the headline attack: of images, and of persons by images of another day."""
     from medvdm.evaluation.privacy.verdict import headlines
@@ -239,10 +244,8 @@ def _attacks(r: dict[str, Any]) -> list[str]:
     titles = {"membership": "training images, AUC", "person": "persons by another day, AUC"}
     lines = []
     for name, one in headlines(r).items():
-        low, high = one["auc_interval"]
         tpr = one["tpr_at_1pct_fpr"]
-        found = "" if tpr is None else f"; at 1 % false alarms: {100 * tpr:.1f} %"
-        lines.append(f"  {titles[name]:<28}{one['auc']:>7.2f}     95 %: {low:.2f} to {high:.2f}{found}")
+        lines.append(_area(titles[name], one) + ("" if tpr is None else f"; at 1 % false alarms: {100 * tpr:.1f} %"))
     return ["membership, for whoever has the weights", *lines] if lines else []
 
 
@@ -259,10 +262,7 @@ def _exposures(canaries: dict[str, Any] | None) -> list[str]:
 
 def _components(published: dict[str, Any] | None) -> list[str]:
     """What components that are published with a model tell of training images."""
-    lines = []
-    for name, one in (published or {}).items():
-        (low, high), auc = one["attack"]["auc_interval"], one["attack"]["auc"]
-        lines.append(f"  {name + ', AUC':<28}{auc:>7.2f}     95 %: {low:.2f} to {high:.2f}")
+    lines = [_area(f"{name}, AUC", one["attack"]) for name, one in (published or {}).items()]
     return ["training images by published components", *lines] if lines else []
 
 

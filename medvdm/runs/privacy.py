@@ -43,6 +43,7 @@ from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import canaries, controls, membership, published, verdict
 from medvdm.evaluation.privacy.copies import audit_copies
 from medvdm.evaluation.privacy.search import Keep, Shelf
+from medvdm.images import to_levels
 from medvdm.paths import local_path
 from medvdm.runs.config import PrivacyConfig, SampleConfig, settings
 from medvdm.runs.model_card import renew_card
@@ -283,15 +284,21 @@ def _drawn(run: Run, sampling: SampleConfig, keep: Keep) -> Shelf:
     return Shelf(read, np.array(names), names)
 
 
-def _losses(run: Run, shelf: Shelf, rows: np.ndarray, name: str, config: PrivacyConfig, keep: Keep) -> Any:
+def _spread(shelf: Shelf, config: PrivacyConfig) -> np.ndarray:
+    """Positions of at most so many images as the settings say, spread evenly."""
+    return np.rint(np.linspace(0, len(shelf) - 1, min(config.images, len(shelf)))).astype(int)
+
+
+def _losses(
+    run: Run, shelf: Shelf, rows: np.ndarray, name: str, gammas: np.ndarray, config: PrivacyConfig, keep: Keep
+) -> dict[str, np.ndarray]:
     """(n,) bound and yardstick in nats, and (L, n) errors at each noise level, part by part."""
-    gammas = _gammas(run, config)
     found = []
     for start in range(0, len(rows), PART):
         part = rows[start : start + PART]
 
         def compute(part: np.ndarray = part) -> dict[str, np.ndarray]:
-            images = _for_model(run, shelf.read(part))
+            images = to_levels(shelf.read(part)) if run.eight_bit else shelf.read(part)
             more = {"draws": config.draws, "seed": config.audit_seed, "batch_size": config.loss_batch}
             return {
                 "bound": membership.bounds(run.graph, run.params, images, **more),
@@ -323,11 +330,6 @@ def _png_bytes(image: np.ndarray) -> int:
     return len(file.getvalue())
 
 
-def _for_model(run: Run, images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as the model takes them."""
-    return np.rint(images * 255).astype(np.uint8) if run.eight_bit else images
-
-
 def _membership(
     run: Run, train: Shelf, held_out: Shelf, other_day: Shelf | None, config: PrivacyConfig, keep: Keep
 ) -> dict[str, Any]:
@@ -337,8 +339,8 @@ def _membership(
     for name, shelf in groups.items():
         if shelf is None or not len(shelf):
             continue
-        rows = np.rint(np.linspace(0, len(shelf) - 1, min(config.images, len(shelf)))).astype(int)
-        losses.append(_losses(run, shelf, rows, name, config, keep))
+        rows = _spread(shelf, config)
+        losses.append(_losses(run, shelf, rows, name, gammas, config, keep))
         group += [name] * len(rows)
         patients += list(shelf.patients[rows])
     return membership.membership(
@@ -382,11 +384,11 @@ def _published(run: Run, train: Shelf, held_out: Shelf, config: PrivacyConfig) -
     spaces = {"baselines.npz": (run.baselines.mean, run.baselines.components, run.baselines.variances)}
     if "basis" in run.params:
         spaces["weights"] = tuple(np.asarray(run.params["basis"][name]) for name in ("mean", "components", "variances"))
-    rows = [np.rint(np.linspace(0, len(s) - 1, min(config.images, len(s)))).astype(int) for s in (train, held_out)]
-    images = [shelf.read(r) for shelf, r in zip((train, held_out), rows, strict=True)]
-    patients = [shelf.patients[r] for shelf, r in zip((train, held_out), rows, strict=True)]
+    some = [shelf.take(_spread(shelf, config)) for shelf in (train, held_out)]
+    patients = [shelf.patients for shelf in some]
     if min(len(set(who.tolist())) for who in patients) < membership.LEAST:
         return None
+    images = [shelf.read(np.arange(len(shelf))) for shelf in some]
     return {
         name: published.components_give(
             *images, *space, patients=patients[0], held_out_patients=patients[1], seed=config.audit_seed

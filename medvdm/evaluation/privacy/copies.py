@@ -97,11 +97,10 @@ def audit_copies(
 
 def exact_interval(found: int, of: int) -> list[float]:
     """The 95 % interval of a share by Clopper and Pearson (1934)."""
-    from scipy.stats import beta
+    from scipy.stats import binomtest
 
-    low = 0.0 if found == 0 else float(beta.ppf(0.025, found, of - found + 1))
-    high = 1.0 if found == of else float(beta.ppf(0.975, found + 1, of - found))
-    return [low, high]
+    interval = binomtest(found, of).proportion_ci(0.95, method="exact")
+    return [float(interval.low), float(interval.high)]
 
 
 def _check(samples: Shelf, train: Shelf, held_out: Shelf, alarm: float) -> None:

@@ -56,9 +56,9 @@ def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
     best = np.full((len(images), len(others)), -1, np.float32)
     move = np.zeros(best.shape, np.int16)
     for number, (dy, dx) in enumerate(_shifts(images.shape[1:])):
-        there = _standardised(_window(others, -dy, -dx)).T
+        there = standardised(_window(others, -dy, -dx)).T
         for flipped in (False, True):
-            here = _standardised(_window(images[:, :, ::-1] if flipped else images, dy, dx))
+            here = standardised(_window(images[:, :, ::-1] if flipped else images, dy, dx))
             found = here @ there
             np.copyto(move, 2 * number + flipped, where=found > best)
             np.maximum(best, found, out=best)
@@ -74,7 +74,7 @@ def smoothed(images: np.ndarray, others: np.ndarray, move: np.ndarray) -> np.nda
     for number in np.unique(move):
         here, (dy, dx) = move == number, shifts[number // 2]
         ours = images[here][:, :, ::-1] if number % 2 else images[here]
-        pairs = _standardised(_window(ours, dy, dx)), _standardised(_window(others[here], -dy, -dx))
+        pairs = standardised(_window(ours, dy, dx)), standardised(_window(others[here], -dy, -dx))
         found[here] = np.einsum("np,np->n", *pairs)
     return found
 
@@ -98,7 +98,8 @@ def _window(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
     return images[:, max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
 
 
-def _standardised(images: np.ndarray) -> np.ndarray:
+def standardised(images: np.ndarray) -> np.ndarray:
+    """Images (n, h, w) as rows of mean 0 and length 1: the product of two is their correlation."""
     rows = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)

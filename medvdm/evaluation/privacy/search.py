@@ -249,7 +249,7 @@ Measured = dict[str, Nearest]  #: by rule: 'pixels', 'smoothed' and 'registered'
 def measure(images: Reduced, train: Reduced, *, keep: Keep = now, own: np.ndarray | None = None) -> Measured:
     """Search, then all rules. Arguments as of :func:`search`."""
     found = search(images, train, keep=keep, own=own)
-    rows = _unit_rows(train.coarse[found.where.reshape(-1)]).reshape(*found.where.shape, -1)
+    rows = registration.standardised(train.coarse[found.where.reshape(-1)]).reshape(*found.where.shape, -1)
     twins = np.einsum("nip,njp->nij", rows, rows) > TWIN  # of itself, too
 
     def compute() -> dict[str, np.ndarray]:
@@ -269,12 +269,6 @@ def measure(images: Reduced, train: Reduced, *, keep: Keep = now, own: np.ndarra
     }
     there = found.similarity > -1
     return {name: _nearest(np.where(there, one, -1), found, twins, **how) for name, (one, how) in rules.items()}
-
-
-def _unit_rows(images: np.ndarray) -> np.ndarray:
-    rows = images.reshape(len(images), -1)
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
 # --- The rule -----------------------------------------------------------------------------------------------------
