@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def of_run(run: Path, name: str, commit: str) -> dict[str, Any]:
         "validation": read_lines(run / EVALUATIONS),
         "evaluations": sorted(({**e, "run": name} for e in evaluations), key=lambda e: (e["split"], e["step"])),
     }
+
+
+class Kept:
+    """Numbers by key, appended to a file as they come, so that an experiment that was cut off goes on."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        lines = path.read_text("utf8").splitlines() if path and path.exists() else []
+        self.known = {key: value for key, value in map(json.loads, lines)}
+
+    def of(self, key: Sequence[object], make: Callable[[], Any]) -> Any:
+        word = "/".join(map(str, key))
+        if word not in self.known:
+            self.known[word] = make()
+            if self.path:
+                with self.path.open("a", encoding="utf8") as file:
+                    file.write(json.dumps([word, self.known[word]]) + "\n")
+        return self.known[word]
 
 
 def experiment(name: str, *, config: RunConfig, seconds: float, results: dict[str, Any]) -> Path:

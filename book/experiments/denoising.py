@@ -36,7 +36,6 @@ in that file, and not measured again by the next call, whose seconds alone the r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -75,6 +74,7 @@ INVENTED_NOISE = 0.1
 REPEATS = 5  #: of each timing
 SHOWN = 4  #: the phantom of the figure
 IN_FIGURE = ("noisy", "perona-malik", "non-local means", "bm3d")  #: and the runs
+Kept = record.Kept
 Rows = list[dict[str, Any]]
 Method = Callable[[np.ndarray], np.ndarray]  #: of a noisy image (h, w)
 
@@ -113,24 +113,6 @@ NOISES = (
 
 
 # --- Numbers that are kept ----------------------------------------------------------------------------------------
-
-
-class Kept:
-    """Numbers by key, appended to a file as they come."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        lines = path.read_text("utf8").splitlines() if path and path.exists() else []
-        self.known = {key: value for key, value in map(json.loads, lines)}
-
-    def of(self, key: Sequence[object], make: Callable[[], Any]) -> Any:
-        word = "/".join(map(str, key))
-        if word not in self.known:
-            self.known[word] = make()
-            if self.path:
-                with self.path.open("a", encoding="utf8") as file:
-                    file.write(json.dumps([word, self.known[word]]) + "\n")
-        return self.known[word]
 
 
 # --- Methods ------------------------------------------------------------------------------------------------------

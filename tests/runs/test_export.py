@@ -78,6 +78,7 @@ def test_it_draws_bit_for_bit_what_the_run_draws(trained: Trained, ema: bool, tm
             medvdm.load(tmp_path / "out", step=step)
 
 
+@pytest.mark.slow
 def test_a_released_diffusion_on_pixels_fills_in_what_the_run_does(trained_pixels: Path, tmp_path: Path) -> None:
     run = medvdm.load(trained_pixels)
     export(trained_pixels, tmp_path / "out", ema=False)

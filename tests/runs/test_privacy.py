@@ -132,6 +132,7 @@ def check_result(result: dict[str, Any]) -> None:
     assert 0 <= result["false_alarm_rate"] <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_audit_goes_on_where_it_was(audited: dict[str, Any]) -> None:
     assert audited["left"] == set(audited["first"]) and len(audited["first"]) == len(audited["left"])
     assert {"drawn-0", "drawn-1", "drawn-2", "canary-3"} <= audited["left"]
@@ -200,6 +201,7 @@ def of_pixels(pixels: Run, of_python: data_.ImageData) -> dict[str, Any]:
     return audit_privacy(pixels, of_python, **FEW)
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_run_on_pixels_with_data_from_python(pixels: Run, of_pixels: dict[str, Any]) -> None:
     check_result(of_pixels)
     assert of_pixels["canaries"] is None and of_pixels["membership"]["other_day_vs_held_out"] is None

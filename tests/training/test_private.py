@@ -154,6 +154,7 @@ def test_the_noise_has_the_deviation_asked_for_and_no_mean(problem: Any) -> None
     assert abs(np.corrcoef(error, other)[0, 1]) < 4 / math.sqrt(n)  # each step has noise of its own
 
 
+@pytest.mark.slow
 def test_noise_and_draws_of_a_step_are_those_of_the_secret_and_the_seed_is_no_help() -> None:
     """With a secret, the setting seed changes nothing but the initial weights; all 64 bits of the secret count."""
     config = VDMConfig(
@@ -343,6 +344,7 @@ def stopping_after(step: int) -> Callable[..., Any]:
     return train
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_leaves_its_promise_and_no_secret(
     tmp_path: Path, same_secret: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

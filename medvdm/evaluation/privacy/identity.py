@@ -21,7 +21,7 @@ def another_visit(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Images (n, h, w) in [0, 1] shifted by a few per cent of the side, with another contrast and a little noise."""
     from scipy.ndimage import shift
 
-    side = max(images.shape[1:])
+    images, side = np.asarray(images, np.float32), max(images.shape[1:])
     moved = np.stack([shift(one, rng.normal(0, 0.03, 2) * side, order=1, mode="nearest") for one in images])
     moved = np.clip(moved, 0, 1) ** np.exp(rng.normal(0, 0.2, (len(images), 1, 1)))
     return np.clip(moved + rng.normal(0, 0.01, images.shape), 0, 1).astype(np.float32)

@@ -53,6 +53,7 @@ def coarse(images: np.ndarray, others: np.ndarray) -> Coarse:
 
     A shift leaves only a part of either image over the other; the correlation is that of these parts.
     """
+    images, others = np.asarray(images, np.float32), np.asarray(others, np.float32)
     best = np.full((len(images), len(others)), -1, np.float32)
     move = np.zeros(best.shape, np.int16)
     for number, (dy, dx) in enumerate(_shifts(images.shape[1:])):
@@ -70,7 +71,7 @@ def smoothed(images: np.ndarray, others: np.ndarray, move: np.ndarray) -> np.nda
     from scipy.ndimage import gaussian_filter
 
     shifts, found = _shifts(images.shape[1:]), np.empty(len(move), np.float32)
-    images, others = (gaussian_filter(one, (0, BLUR, BLUR)) for one in (images, others))
+    images, others = (gaussian_filter(one.astype(np.float32), (0, BLUR, BLUR)) for one in (images, others))
     for number in np.unique(move):
         here, (dy, dx) = move == number, shifts[number // 2]
         ours = images[here][:, :, ::-1] if number % 2 else images[here]
@@ -100,8 +101,8 @@ def _window(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
 
 def standardised(images: np.ndarray) -> np.ndarray:
     """Images (n, h, w) as rows of mean 0 and length 1: the product of two is their correlation."""
-    rows = images.reshape(len(images), -1)
-    rows = rows - rows.mean(axis=1, keepdims=True)
+    rows = images.reshape(len(images), -1).astype(np.float32)
+    rows -= rows.mean(axis=1, keepdims=True)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 

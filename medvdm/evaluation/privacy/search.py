@@ -46,6 +46,7 @@ from medvdm.evaluation.privacy import registration
 from medvdm.evaluation.privacy.registration import COARSE, FINE
 
 READ = 128  #: images that are read at a time
+ASKED = 2048  #: images that are searched for at a time
 PART = 512  #: training images that are compared, and whose result is kept, at a time
 CANDIDATES = 4  #: training images per image that are registered, of distinct patients
 LEAST_SIMILAR = 0.99  #: a copy is more similar to its training image than this share of held-out images to theirs
@@ -108,11 +109,11 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Reduced:
-    """All images of a shelf, small and gray, as the search needs them: about 20 KB per image.
+    """All images of a shelf, small and gray, as the search needs them: about 10 KB per image.
 
     Attributes:
-        coarse: (N, h, w), at most 32 pixels a side.
-        fine: (N, H, W), at most 64.
+        coarse: (N, h, w) float16, at most 32 pixels a side.
+        fine: (N, H, W) float16, at most 64.
         patients, names: as of the shelf.
     """
 
@@ -142,7 +143,8 @@ def reduced(shelf: Shelf, name: str, *, keep: Keep = now) -> Reduced:
         if wrong.any():
             which = shelf.names[rows[wrong.argmax()]]
             raise InputError(f"{name}: {which} has values that are not finite; expected gray values in [0, 1]")
-        return {"coarse": registration.small(images, COARSE), "fine": registration.small(images, FINE)}
+        small = {"coarse": registration.small(images, COARSE), "fine": registration.small(images, FINE)}
+        return {size: x.astype(np.float16) for size, x in small.items()}  # exact to a sixteenth of a gray level
 
     parts = [keep(f"{name}-small-{rows[0]}", lambda rows=rows: compute(rows)) for rows in in_parts(len(shelf), READ)]
     coarse, fine = (np.concatenate([part[size] for part in parts]) for size in ("coarse", "fine"))
@@ -247,7 +249,18 @@ Measured = dict[str, Nearest]  #: by rule: 'pixels', 'smoothed' and 'registered'
 
 
 def measure(images: Reduced, train: Reduced, *, keep: Keep = now, own: np.ndarray | None = None) -> Measured:
-    """Search, then all rules. Arguments as of :func:`search`."""
+    """Search, then all rules, for :data:`ASKED` images at a time. Arguments as of :func:`search`."""
+    some = [
+        _measure(images.take(rows), train, under(f"from-{rows[0]}", keep), None if own is None else own[rows])
+        for rows in in_parts(len(images), ASKED)
+    ]
+    return {
+        rule: Nearest(*(np.concatenate(field) for field in zip(*(one[rule] for one in some), strict=True)))
+        for rule in some[0]
+    }
+
+
+def _measure(images: Reduced, train: Reduced, keep: Keep, own: np.ndarray | None) -> Measured:
     found = search(images, train, keep=keep, own=own)
     rows = registration.standardised(train.coarse[found.where.reshape(-1)]).reshape(*found.where.shape, -1)
     twins = np.einsum("nip,njp->nij", rows, rows) > TWIN  # of itself, too

@@ -124,8 +124,9 @@ def _ssim(images: Reduced, train: Reduced, found: Nearest) -> np.ndarray:
     out = []
     for i, image in enumerate(images.fine):
         ours = image[:, ::-1] if found.flipped[i] else image
-        theirs = shift(train.fine[found.where[i, 0]], found.shift[i] * side, order=1, mode="nearest")
-        out.append(structural_similarity(ours, theirs, data_range=1.0, win_size=window))
+        theirs = train.fine[found.where[i, 0]].astype(np.float32)
+        theirs = shift(theirs, found.shift[i] * side, order=1, mode="nearest")
+        out.append(structural_similarity(ours.astype(np.float32), theirs, data_range=1.0, win_size=window))
     return np.array(out)
 
 

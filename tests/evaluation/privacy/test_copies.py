@@ -203,6 +203,7 @@ def test_an_image_alone_in_its_corner_is_no_copy(held_out):
     assert not search.flagged(found, limits).any()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_picture_under_two_names_is_found(train, held_out):
     """Without twins in mind, the second nearest is a copy as well, and the lead 0."""
     images = train.read(np.arange(TRAIN))
@@ -250,6 +251,7 @@ def test_result(audited):
     assert any("samples" in note for note in result["notes"])
 
 
+@pytest.mark.slow
 def test_kept_parts_are_not_computed_again(audited, train, held_out):
     """Cut off half way, an audit goes on to the same result, and computes only what is missing."""
     shelf, result, kept, computed = audited
@@ -292,6 +294,35 @@ def test_reads_in_parts(train, held_out, monkeypatch):
     assert max(reads) == 16 and sum(reads) == TRAIN
 
 
+def test_some_at_a_time_find_what_all_at_once_find(rule, monkeypatch):
+    """Also where the images are training images, each left out of its own search."""
+    rows = np.arange(0, 36, 2)
+    some = rule[0].take(rows)
+    expected = [search.measure(some, rule[0]), search.measure(some, rule[0], own=rows)]
+    monkeypatch.setattr(search, "ASKED", 7)
+    monkeypatch.setattr(search, "PART", 30)
+    names = []
+
+    def keep(name, compute):
+        names.append(name)
+        return compute()
+
+    found = [search.measure(some, rule[0], keep=keep), search.measure(some, rule[0], own=rows)]
+    assert len(names) == len(set(names)) == 3 * (3 + 1)  # what each part is kept as is its own
+    for one, other in zip(found, expected, strict=True):
+        for name in other:
+            for a, b in zip(one[name], other[name], strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-6)
+    assert (found[0]["pixels"].where[:, 0] == rows).all() and (found[1]["pixels"].where != rows[:, None]).all()
+
+
+def test_what_is_kept_of_an_image_takes_10_kb(rule):
+    big = search.reduced(Shelf.from_arrays(render(np.arange(2), size=96)[0]), "train")
+    assert (big.coarse.nbytes + big.fine.nbytes) / 2 == 10 * 1024
+    exact = registration.small(render(np.arange(2), size=96)[0], registration.FINE)
+    np.testing.assert_allclose(big.fine, exact, atol=1 / 16 / 255)
+
+
 def test_clusters_of_samples_drawn_again_and_again(train, held_out, rule):
     again = controls.kernel_density(train.read(np.array([3])), 0.01, 6, 0)
     samples = Shelf.from_arrays(np.concatenate([again, render(np.arange(3000, 3020), size=SIZE)[0]]))
@@ -300,6 +331,7 @@ def test_clusters_of_samples_drawn_again_and_again(train, held_out, rule):
     assert found == {"groups": 1, "largest": 6}
 
 
+@pytest.mark.slow
 def test_a_patient_with_one_image_is_noted(held_out):
     train = phantoms(0, TRAIN).take(np.arange(0, TRAIN, 2))
     result = audit_copies(phantoms(4000, 8, prefix="s"), train, held_out.take(np.arange(0, HELD_OUT, 2)))
@@ -307,6 +339,7 @@ def test_a_patient_with_one_image_is_noted(held_out):
     assert any("no training patient has two images" in note for note in result["notes"])
 
 
+@pytest.mark.slow
 def test_held_out_images_that_are_called_are_noted(train, held_out):
     """A training patient among the held-out ones under another name, the picture a little changed."""
     hidden = Shelf.from_arrays(
