@@ -8,6 +8,7 @@ and no image is written.
 
 * `runs`: of each run, copies among its samples, and the AUC of membership of images and of persons with intervals;
 * `attacks`: the same for each attack of :mod:`medvdm.evaluation.privacy.membership`;
+* `nobody`: the headline attack on halves of the held-out patients, where there is nothing to find;
 * `published`: what mean and components of the runs' folders give away;
 * `canaries`: exposure against copies;
 * `clean`: audits in which nothing is copied: fresh phantoms against phantoms, unseen X-rays against X-rays, and
@@ -16,8 +17,9 @@ and no image is written.
 * `defences`: a small latent model on phantoms with visits and canaries, trained in different ways: its excess on test
   patients, and what the attacks still see;
 * `memoriser`: the same network on 20 images;
-* `shadows`: attacks with 2 to 16 shadow models beside those that need none;
-* `growth`: seconds and memory of the search for 1,000 samples against up to 112,120 training images.
+* `shadows`: attacks with 2 to 8 shadow models beside those that need none;
+* `growth`: minutes and memory of the search for 1,000 samples against ever more training images, and by a line through
+  them against the 112,120 of ChestX-ray14.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ from medvdm.evaluation import baselines
 from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import controls, membership
 from medvdm.evaluation.privacy.copies import audit_copies
-from medvdm.evaluation.privacy.search import Shelf
+from medvdm.evaluation.privacy.search import Shelf, now
 from medvdm.evaluation.privacy.verdict import headlines
+from medvdm.runs import privacy
 from medvdm.runs.config import RunConfig
 from medvdm.runs.evaluate import evaluate
 from medvdm.runs.fit import fit
 from medvdm.runs.presets import preset
 from medvdm.runs.privacy import audit_privacy
-from medvdm.runs.run import load
+from medvdm.runs.run import as_seen, load, load_data
 from medvdm.training import privacy_accounting
 from medvdm.training.batches import training_patients
 
@@ -56,7 +59,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_tools"))
 import record  # noqa: E402
 
 SIZE = 64  #: pixels of the clean audits, the controls, the growth and the samples of it
-GROWN = (2_000, 8_000, 32_000, 112_120)  #: training images; the last is all of ChestX-ray14
+GROWN = (2_000, 8_000, 32_000)  #: training images; by a line, all of ChestX-ray14
+ALL = 112_120
 Rows = list[dict[str, Any]]
 Kept = record.Kept
 #: The small model of the defences, as in the chapter; more steps, so that there is something to defend against.
@@ -90,8 +94,9 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "epsilon 8, ten times the images": {**DP, "num_images": MANY, "epsilon": 8.0},
     "epsilon 1, ten times the images": {**DP, "num_images": MANY, "epsilon": 1.0},
 }
+SPLITS = 40  #: of the held-out patients in two halves
 MEMORISED = 20  #: images that the memoriser is trained on
-SHADOWS = 16  #: models, each trained on a random half of the patients
+SHADOWS = 8  #: models, each trained on a random half of the patients
 
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +158,43 @@ def of_runs(kept: Kept, paths: list[Path], data_dir: str | None, samples: int) -
     return runs, attacks, published
 
 
+def of_nobody(kept: Kept, paths: list[Path], data_dir: str | None) -> Rows:
+    """The headline attack where there is nothing to find: one half of the held-out patients against the other half."""
+
+    def splits(path: Path) -> dict[str, float]:
+        run = load(path)
+        data = as_seen(run, load_data(run, data_dir=data_dir))
+        shelf = Shelf.from_data(data, np.flatnonzero(data.splits != "train"))
+        rows, gammas = np.arange(len(shelf)), privacy._gammas(run, privacy.DEFAULTS)
+        found = privacy._losses(run, shelf, rows, "nobody", gammas, privacy.DEFAULTS, now)
+        people, rng, areas, wrong = np.unique(shelf.patients), np.random.default_rng(0), [], 0
+        for _ in range(SPLITS):
+            half = np.isin(shelf.patients, rng.permutation(people)[: len(people) // 2])
+            told = membership.membership(
+                found["levels"],
+                found["bound"],
+                np.where(half, "member", "held_out"),
+                shelf.patients,
+                gammas=gammas,
+                yardstick=found["yardstick"],
+            )
+            areas.append(told["auc"])
+            low, high = told["auc_interval"]
+            wrong += not low <= 0.5 <= high
+        return {"splits": SPLITS, "auc": float(np.mean(areas)), "sd": float(np.std(areas, ddof=1)), "wrong": wrong}
+
+    rows = [{**named(path), **kept.of(["nobody", path.name], lambda path=path: splits(path))} for path in paths]
+    record.say("nobody", rows)
+    return rows
+
+
 def of_canaries(kept: Kept, paths: list[Path], data_dir: str | None) -> Rows:
     """Exposure against copies; the rest of these audits is made small and not used."""
     rows = []
     for path in paths:
         found = kept.of(
             ["canaries", path.name],
-            lambda path=path: audit_privacy(load(path), num=20, steps=5, images=20, draws=32, data_dir=data_dir),
+            lambda path=path: audit_privacy(load(path), num=20, steps=5, images=20, secrets=50, data_dir=data_dir),
         )
         rows += [{**named(path), **row} for row in exposed(found)]
     return rows
@@ -262,7 +297,7 @@ def defences(kept: Kept) -> Rows:
             found = audit_privacy(run, num=100, steps=50, save=False, draws=16)
         data, promise = run.record["data"], run.record.get("privacy") or {}
         row = {
-            "train_images": data["splits"]["train"]["images"],
+            "train_images": data["counts"]["train"]["images"],
             "noise": promise.get("noise", 0.0),
             "epsilon": promise.get("epsilon"),
             **steps_of(run.config),
@@ -326,7 +361,7 @@ def shadows(kept: Kept) -> Rows:
     found = [kept.of(["shadow", number], lambda number=number: train(number)) for number in range(SHADOWS + 1)]
     bounds = -np.array([one["bound"] for one in found])
     rows = []
-    for many in (2, 4, 8, SHADOWS):
+    for many in (2, 4, SHADOWS):
         ratio = membership.likelihood_ratio(bounds[0], bounds[1 : many + 1], halves[1 : many + 1])
         result = membership.membership(
             np.array(found[0]["levels"]),
@@ -351,7 +386,7 @@ def shadows(kept: Kept) -> Rows:
 
 
 def growth(kept: Kept) -> Rows:
-    """Seconds and memory of the search for 1,000 samples against ever more training images, each in its own process."""
+    """Minutes and memory of the search for 1,000 samples against ever more training images, each in its own process."""
 
     def one(number: int) -> dict[str, Any]:
         words = [sys.executable, __file__, "--grow", str(number)]
@@ -359,9 +394,16 @@ def growth(kept: Kept) -> Rows:
 
     rows = []
     for number in GROWN:
-        rows.append({"num_train": number, **kept.of(["growth", number], lambda number=number: one(number))})
+        rows.append(
+            {"num_train": number, "measured": True, **kept.of(["growth", number], lambda number=number: one(number))}
+        )
         record.say("growth", rows[-1])
-    return rows
+    numbers = [row["num_train"] for row in rows]
+    lines = {key: np.polyfit(numbers, [row[key] for row in rows], 1) for key in ("minutes", "of_reading", "peak_gib")}
+    return [
+        *rows,
+        {"num_train": ALL, "measured": False, **{key: float(np.polyval(line, ALL)) for key, line in lines.items()}},
+    ]
 
 
 def grow(number: int) -> dict[str, Any]:
@@ -391,10 +433,15 @@ def grow(number: int) -> dict[str, Any]:
     called = flagged(found, calibrate(null, held_out.patients, len(samples), 0.01))
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "of_reading": read, "peak_mib": memory, "num_copies": int(called.sum())}
+    return {
+        "minutes": seconds / 60,
+        "of_reading": read / 60,
+        "peak_gib": memory / 1024,
+        "num_copies": int(called.sum()),
+    }
 
 
-PARTS = ("runs", "canaries", "clean", "controls", "defences", "memoriser", "shadows", "growth")
+PARTS = ("runs", "nobody", "canaries", "clean", "controls", "defences", "memoriser", "shadows", "growth")
 
 
 def main() -> None:
@@ -414,6 +461,7 @@ def main() -> None:
     kept, start = Kept(asked.keep), time.perf_counter()
     parts: dict[str, Callable[[], Any]] = {
         "runs": lambda: of_runs(kept, asked.runs, asked.data_dir, asked.samples),
+        "nobody": lambda: of_nobody(kept, asked.runs, asked.data_dir),
         "canaries": lambda: of_canaries(kept, asked.canary_runs, asked.data_dir),
         "clean": lambda: clean(kept, asked.data_dir, asked.seeds),
         "controls": lambda: of_controls(kept, asked.data_dir, min(3, asked.seeds)),

@@ -86,28 +86,35 @@ def level_losses(
     keys = jax.random.split(jax.random.key(seed), (len(gammas), draws))
 
     def each(params: vdm.Params, _: np.ndarray, x: Array, labels: Array | None, key: Array) -> np.ndarray:
-        errors = [
-            sum(_level_error(params, x, labels, gamma, key, graph=graph) for key in row) / draws
-            for gamma, row in zip(gammas, keys, strict=True)
-        ]
-        return np.stack(jax.device_get(errors)).astype(np.float64)
+        return jax.device_get(_level_errors(params, x, labels, gammas, keys, graph=graph)).astype(np.float64)
 
     read = partial(_rows, images, labels)
     return by_batches(read, len(images), each, params, batch_size=batch_size, seed=seed)
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def _level_error(
-    params: vdm.Params, x: Array, labels: Array | None, gamma: Array, key: Array, *, graph: nnx.GraphDef
+def _level_errors(
+    params: vdm.Params, x: Array, labels: Array | None, gammas: Array, keys: Array, *, graph: nnx.GraphDef
 ) -> Array:
-    """(n,): mean squared error of the predicted noise by one draw, the same for all images."""
+    """(L, n): mean squared error of the predicted noise over draws (L, D), the same for all images.
+
+    The image is encoded once, so that all draws on a latent cost little more than one.
+    """
     model, x = cascade.stages(vdm.merge(graph, params), x)[-1][:2]
-    f = model.encode(x)
-    eps = jnp.broadcast_to(jax.random.normal(key, f.shape[1:])[None], f.shape)
-    times = jnp.full(len(f), gamma)
-    z = gaussian.diffuse(f, eps, gaussian.align(times, f))
-    error = eps - model.eps_hat(z, model.condition(times, model.embed(labels, n=len(f))))
-    return jnp.mean(jnp.square(error), axis=tuple(range(1, f.ndim)))
+    f, embedded = model.encode(x), model.embed(labels, n=len(x))
+
+    def one(gamma: Array, key: Array) -> Array:
+        eps = jnp.broadcast_to(jax.random.normal(key, f.shape[1:])[None], f.shape)
+        times = jnp.full(len(f), gamma)
+        z = gaussian.diffuse(f, eps, gaussian.align(times, f))
+        error = eps - model.eps_hat(z, model.condition(times, embedded))
+        return jnp.mean(jnp.square(error), axis=tuple(range(1, f.ndim)))
+
+    def level(gamma_and_keys: tuple[Array, Array]) -> Array:
+        gamma, of_draws = gamma_and_keys
+        return jnp.mean(jax.lax.map(lambda key: one(gamma, key), of_draws), axis=0)
+
+    return jax.lax.map(level, (gammas, keys))
 
 
 def bounds(
