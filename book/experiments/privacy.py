@@ -79,7 +79,7 @@ SMALL = {
     "score_layers": 2,
     "ema_decay": 0.0,
 }
-DP = {"clip_norm": 0.0, "batch_size": 128, "steps": 1000}
+DP = {"clip_norm": 0.0, "batch_size": 128, "steps": 500}
 MANY = 6000  #: phantoms of which one can afford the noise
 DEFENCES: dict[str, dict[str, Any]] = {
     "none": {},
