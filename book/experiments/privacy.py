@@ -80,6 +80,14 @@ SMALL = {
     "ema_decay": 0.0,
 }
 DP = {"clip_norm": 0.0, "batch_size": 128, "steps": 500}
+TINY = {
+    "latent": 8,
+    "embedding_dim": 16,
+    "inner_width": 16,
+    "encoder_width": 16,
+    "decoder_width": 16,
+    "score_layers": 1,
+}
 MANY = 6000  #: phantoms of which one can afford the noise
 DEFENCES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -93,6 +101,8 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "epsilon 8, the same images": {**DP, "epsilon": 8.0},
     "epsilon 8, ten times the images": {**DP, "num_images": MANY, "epsilon": 8.0},
     "epsilon 1, ten times the images": {**DP, "num_images": MANY, "epsilon": 1.0},
+    "ten times the images, a tiny network": {**TINY, "num_images": MANY},
+    "epsilon 8, ten times the images, a tiny network": {**DP, **TINY, "num_images": MANY, "epsilon": 8.0},
 }
 SPLITS = 40  #: of the held-out patients in two halves
 MEMORISED = 20  #: images that the memoriser is trained on
