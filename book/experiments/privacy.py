@@ -467,17 +467,21 @@ def grow(number: int) -> dict[str, Any]:
 PARTS = ("runs", "nobody", "canaries", "clean", "controls", "defences", "memoriser", "shadows", "growth")
 
 
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("runs", nargs="*", type=Path)
+    options.add_argument("--data-dir")
+    options.add_argument("--canary-runs", nargs="*", type=Path, default=[])
+    options.add_argument("--seeds", type=int, default=7)
+    options.add_argument("--samples", type=int, default=256)
+    options.add_argument("--keep", type=Path, help="a file that the numbers of calls with the same options are kept in")
+    options.add_argument("--only", choices=PARTS, nargs="*", help="do these parts, keep them, and write no record")
+    options.add_argument("--grow", type=int, help=argparse.SUPPRESS)
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--canary-runs", nargs="*", type=Path, default=[])
-    parser.add_argument("--seeds", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--keep", type=Path, help="a file that the numbers of calls with the same options are kept in")
-    parser.add_argument("--only", choices=PARTS, nargs="*", help="do these parts, keep them, and write no record")
-    parser.add_argument("--grow", type=int, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser().parse_args()
     if asked.grow:
         print(json.dumps(grow(asked.grow)))
         return
