@@ -43,7 +43,7 @@ from medvdm.evaluation import baselines
 from medvdm.evaluation.held_out import entropy
 from medvdm.evaluation.privacy import controls, membership
 from medvdm.evaluation.privacy.copies import audit_copies
-from medvdm.evaluation.privacy.search import Shelf, now
+from medvdm.evaluation.privacy.search import Shelf, measure, now, reduced
 from medvdm.evaluation.privacy.verdict import headlines
 from medvdm.runs import privacy
 from medvdm.runs.config import PrivacyConfig, RunConfig
@@ -88,7 +88,7 @@ TINY = {
     "decoder_width": 16,
     "score_layers": 1,
 }
-MANY = 6000  #: phantoms of which one can afford the noise
+MANY = 6000  #: phantoms, ten times as many
 DEFENCES: dict[str, dict[str, Any]] = {
     "none": {},
     "a tenth of the steps": {"steps": 300},
@@ -127,9 +127,9 @@ def exposed(result: dict[str, Any]) -> Rows:
     return [{**most, **row} for row in found["by_copies"]]
 
 
-def named(path: Path) -> dict[str, Any]:
-    config = load(path).config
-    return {"run": path.name, "preset": config.preset, "image_size": config.data.image_size, **steps_of(config)}
+def named(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {"run": run.path.name, "preset": config.preset, "image_size": config.data.image_size, **steps_of(config)}
 
 
 def steps_of(config: RunConfig) -> dict[str, int]:
@@ -140,16 +140,16 @@ def of_runs(kept: Kept, paths: list[Path], data_dir: str | None, samples: int) -
     """Audits of runs: copies and headlines, all attacks, what is published."""
     runs, attacks, published = [], [], []
     for path in paths:
-        pixels = load(path).eight_bit
-        how = {"steps": 25, "sampler": "dpmpp"} if pixels else {"steps": 100}
+        run = load(path)
 
-        def audit(path: Path = path, how: dict[str, Any] = how) -> dict[str, Any]:
+        def audit(run: Run = run) -> dict[str, Any]:
             start = time.perf_counter()
-            found = audit_privacy(load(path), num=samples, data_dir=data_dir, **how)
-            record.say(f"{path.name}: {found['alarms']}")
+            how = {"steps": 25, "sampler": "dpmpp"} if run.eight_bit else {"steps": 100}
+            found = audit_privacy(run, num=samples, data_dir=data_dir, **how)
+            record.say(f"{run.path.name}: {found['alarms']}")
             return {**found, "seconds": time.perf_counter() - start}
 
-        found, name = kept.of(["run", path.name], audit), named(path)
+        found, name = kept.of(["run", path.name], audit), named(run)
         sizes = {key: found[key] for key in ("num_samples", "num_train", "num_held_out", "num_copies", "visits")}
         more = {"clusters": found["clusters"]["groups"], "false_alarms": found["false_alarm_rate"]}
         runs.append({**name, **sizes, **more, **told(found), "seconds": found["seconds"]})
@@ -171,8 +171,7 @@ def of_runs(kept: Kept, paths: list[Path], data_dir: str | None, samples: int) -
 def of_nobody(kept: Kept, paths: list[Path], data_dir: str | None) -> Rows:
     """The headline attack where there is nothing to find: one half of the held-out patients against the other half."""
 
-    def splits(path: Path) -> dict[str, float]:
-        run = load(path)
+    def splits(run: Run) -> dict[str, float]:
         data = as_seen(run, load_data(run, data_dir=data_dir))
         shelf = Shelf.from_data(data, np.flatnonzero(data.splits != "train"))
         rows, gammas = np.arange(len(shelf)), privacy._gammas(run, privacy.DEFAULTS)
@@ -193,20 +192,19 @@ def of_nobody(kept: Kept, paths: list[Path], data_dir: str | None) -> Rows:
             wrong += not low <= 0.5 <= high
         return {"splits": SPLITS, "auc": float(np.mean(areas)), "sd": float(np.std(areas, ddof=1)), "wrong": wrong}
 
-    rows = [{**named(path), **kept.of(["nobody", path.name], lambda path=path: splits(path))} for path in paths]
+    rows = []
+    for run in map(load, paths):
+        rows.append({**named(run), **kept.of(["nobody", run.path.name], lambda run=run: splits(run))})
     record.say("nobody", rows)
     return rows
 
 
-def of_canaries(kept: Kept, paths: list[Path], data_dir: str | None) -> Rows:
-    """Exposure against copies; the rest of these audits is made small and not used."""
-    rows = []
-    for path in paths:
-        found = kept.of(
-            ["canaries", path.name],
-            lambda path=path: audit_privacy(load(path), num=20, steps=5, images=20, secrets=50, data_dir=data_dir),
-        )
-        rows += [{**named(path), **row} for row in exposed(found)]
+def of_canaries(kept: Kept, paths: list[Path]) -> Rows:
+    """Exposure against copies; of an audit this part alone."""
+    how, rows = PrivacyConfig(secrets=50), []
+    for run in map(load, paths):
+        found = kept.of(["canaries", run.path.name], lambda run=run: {"canaries": privacy._canaries(run, how, now)})
+        rows += [{**named(run), **row} for row in exposed(found)]
     return rows
 
 
@@ -437,8 +435,6 @@ def growth(kept: Kept) -> Rows:
 
 def grow(number: int) -> dict[str, Any]:
     """One search: 1,000 samples and as many held-out images; images are mixtures of two phantoms, made when read."""
-    from medvdm.evaluation.privacy.search import measure, reduced
-
     base = phantom.load(num_images=1000, image_size=SIZE, visits=1)
     images = base.read(np.arange(len(base)))
 
@@ -489,7 +485,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "runs": lambda: of_runs(kept, asked.runs, asked.data_dir, asked.samples),
         "nobody": lambda: of_nobody(kept, asked.runs, asked.data_dir),
-        "canaries": lambda: of_canaries(kept, asked.canary_runs, asked.data_dir),
+        "canaries": lambda: of_canaries(kept, asked.canary_runs),
         "clean": lambda: clean(kept, asked.data_dir, asked.seeds),
         "controls": lambda: of_controls(kept, asked.data_dir, min(3, asked.seeds)),
         "defences": lambda: defences(kept),
